@@ -1,0 +1,28 @@
+"""Every error that a user can cause: one line that says what was got, what was wanted, what to do.
+
+Command lines print the message and leave with the exit status that the class carries.
+"""
+
+
+class MinifuseError(Exception):
+    """Base of all errors that minifuse raises on purpose; the message is fit for a user."""
+
+    exit_status = 1
+
+
+class UsageError(MinifuseError):
+    """The call itself is wrong: an unknown name, a bad number, a prompt that cannot fit."""
+
+    exit_status = 2
+
+
+class ConfigError(MinifuseError):
+    """A model's config asks for something that minifuse does not implement, or contradicts itself."""
+
+
+class CheckpointError(MinifuseError):
+    """Weights or tokenizer files are missing, corrupt, or do not match the config."""
+
+
+class ModelNotFoundError(MinifuseError):
+    """A model name leads nowhere; the message lists what was tried."""
