@@ -43,11 +43,11 @@ def make_cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head by its token's position, halves paired as in hub checkpoints.
 
-    x:        float[B, T, H, D]  queries or keys
+    x:        float[B, H, T, D]  queries or keys
     cos, sin: f32[B, T, D/2]     one row per token, by position, not by slot
-    returns:  float[B, T, H, D]  same dtype as x; the rotation itself is done in f32
+    returns:  float[B, H, T, D]  same dtype as x; the rotation itself is done in f32
     """
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

@@ -1,0 +1,89 @@
+"""The static key/value cache: allocated once, written in place, never grown.
+
+A slot is where a key is stored; the position it was rotated by is kept elsewhere. Slot 0 is
+reserved: padding tokens write there. Keys and values of each layer are tensors of their own,
+because Inductor copies a storage that two attention inputs share, at every step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minifuse.config import ModelConfig
+from minifuse.rope import apply_rope, make_cos_sin
+
+
+class KVCache(NamedTuple):
+    """keys, values: per layer float[B, K, S, D]; `write_cache` and `move_keys` change them."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_slots(self) -> int:
+        return self.keys[0].shape[2]
+
+
+def cache_bytes(config: ModelConfig, *, rows: int, slots: int, dtype: torch.dtype) -> int:
+    """Bytes that `allocate_cache` takes."""
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    return rows * slots * heads * config.head_dim * dtype.itemsize
+
+
+def allocate_cache(
+    config: ModelConfig, *, rows: int, slots: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """An empty cache; zeros, since a masked slot that held NaN would still spoil the output."""
+    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return KVCache(
+        keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in layers),
+        values=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in layers),
+    )
+
+
+def write_cache(cache: Tensor, slots: Tensor, new_BKTD: Tensor) -> None:
+    """Store one layer's new keys or values; `cache` is changed in place.
+
+    cache:    float[B, K, S, D]
+    slots:    i64[B, T]  slot of every new token
+    new_BKTD: float[B, K, T, D]
+    """
+    index = slots[:, None, :, None].expand_as(new_BKTD)
+    cache.scatter_(2, index, new_BKTD)
+
+
+def move_keys(cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv_freq: Tensor):
+    """Copy keys and values to other slots, keys rotated on; `cache` is changed in place.
+
+    Rotations add up, so a key at position p rotated on by d equals the key at position p + d:
+    a segment moves without being encoded again. Values hold no position.
+
+    source, target: i64[B, M]  slots; slot 0 for entries that pad a row
+    turns:          i64[B, M]  positions to move by
+    """
+    cos, sin = make_cos_sin(inv_freq, turns)
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        index = source[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        rotated = apply_rope(keys.gather(2, index), cos, sin)
+        write_cache(keys, target, rotated)
+        write_cache(values, target, values.gather(2, index))
+
+
+def copy_prefix(cache: KVCache, prefix: KVCache) -> None:
+    """Put a stored prefix into slots 1.. of every row; `cache` is changed in place.
+
+    prefix: a KVCache of float[1, K, P, D]
+    """
+    length = prefix.num_slots
+    for old, new in zip(cache.keys + cache.values, prefix.keys + prefix.values, strict=True):
+        old[:, :, 1 : length + 1] = new
+
+
+def snapshot_prefix(cache: KVCache, length: int) -> KVCache:
+    """A copy of slots 1..length of row 0, float[1, K, length, D] per layer."""
+    return KVCache(
+        keys=tuple(layer[:1, :, 1 : length + 1].clone() for layer in cache.keys),
+        values=tuple(layer[:1, :, 1 : length + 1].clone() for layer in cache.values),
+    )

@@ -1,0 +1,463 @@
+"""Hub checkpoints <-> `Params`: one table of names and shapes, strict both ways, safetensors only.
+
+Fused weights are stacks of hub tensors (q, k, v; gate, up). Each hub tensor is copied from the
+memory-mapped file straight into its rows of the stack, so no second copy of the weights is held.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minifuse.config import DTYPE_NAMES, ModelConfig
+from minifuse.errors import CheckpointError, ConfigError
+from minifuse.model import LayerParams, Params
+from minifuse.rope import make_inv_freq
+
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+_EMBED = "model.embed_tokens.weight"
+_FINAL_NORM = "model.norm.weight"
+_LM_HEAD = "lm_head.weight"
+
+# Buffers that older versions of transformers wrote; `rope.make_inv_freq` computes them anew.
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+_FILE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+_COMPARED_ROWS = 4096
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: its file, its shape, and its dtype as safetensors spells it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _layer_table(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """LayerParams field -> the hub tensors stacked in it from the first row on, with shapes."""
+    channels, mlp = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    qkv = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+    gate_up = [("gate_proj", mlp), ("up_proj", mlp)]
+    table = {
+        "attn_norm": [("input_layernorm.weight", (channels,))],
+        "wqkv": [(f"self_attn.{name}.weight", (rows, channels)) for name, rows in qkv],
+        "wo": [("self_attn.o_proj.weight", (channels, queries))],
+        "mlp_norm": [("post_attention_layernorm.weight", (channels,))],
+        "w_gate_up": [(f"mlp.{name}.weight", (rows, channels)) for name, rows in gate_up],
+        "w_down": [("mlp.down_proj.weight", (channels, mlp))],
+    }
+    if config.attention_bias:
+        table["bqkv"] = [(f"self_attn.{name}.bias", (rows,)) for name, rows in qkv]
+    if config.attention_out_bias:
+        table["bo"] = [("self_attn.o_proj.bias", (channels,))]
+    if config.qk_norm:
+        table["q_norm"] = [("self_attn.q_norm.weight", (config.head_dim,))]
+        table["k_norm"] = [("self_attn.k_norm.weight", (config.head_dim,))]
+    if config.mlp_bias:
+        table["b_gate_up"] = [(f"mlp.{name}.bias", (rows,)) for name, rows in gate_up]
+        table["b_down"] = [("mlp.down_proj.bias", (channels,))]
+    return table
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a hub checkpoint of this config holds."""
+    vocab = (config.vocab_size, config.hidden_size)
+    tensors = {_EMBED: vocab}
+    for index in range(config.num_hidden_layers):
+        for parts in _layer_table(config).values():
+            tensors |= {f"model.layers.{index}.{name}": shape for name, shape in parts}
+    tensors[_FINAL_NORM] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        tensors[_LM_HEAD] = vocab
+    return tensors
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Numbers in all weights; a tied head is counted once."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values())
+
+
+def allocate_params(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Params, dict[str, Tensor]]:
+    """Uninitialised weights, and for every hub tensor the rows of them that it fills.
+
+    returns: Params of `dtype` on `device`; {hub name: view into those Params}
+    """
+    places: dict[str, Tensor] = {}
+
+    def allocate(prefix: str, parts: list[tuple[str, tuple[int, ...]]]) -> Tensor:
+        rows = [shape[0] for _, shape in parts]
+        stack = torch.empty(sum(rows), *parts[0][1][1:], dtype=dtype, device=device)
+        names = (prefix + name for name, _ in parts)
+        places.update(zip(names, stack.split(rows), strict=True))
+        return stack
+
+    vocab = (config.vocab_size, config.hidden_size)
+    embed = allocate("", [(_EMBED, vocab)])
+    layers = tuple(
+        LayerParams(
+            **{
+                field: allocate(f"model.layers.{index}.", parts)
+                for field, parts in _layer_table(config).items()
+            }
+        )
+        for index in range(config.num_hidden_layers)
+    )
+    final_norm = allocate("", [(_FINAL_NORM, (config.hidden_size,))])
+    lm_head = embed if config.tie_word_embeddings else allocate("", [(_LM_HEAD, vocab)])
+    inv_freq = make_inv_freq(config).to(device)
+    return Params(embed, layers, final_norm, lm_head, inv_freq), places
+
+
+def params_from_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Params:
+    """Stack hub tensors into Params as they come; one of them is held at a time.
+
+    tensors: pairs of hub name and float tensor
+    raises:  CheckpointError, naming every missing, unexpected and misshapen tensor
+    """
+    params, places = allocate_params(config, dtype, device)
+    ledger = _Ledger(config)
+    for name, tensor in tensors:
+        if ledger.admit(name, tuple(tensor.shape)):
+            places[name].copy_(tensor)
+            _check_range(name, tensor, places[name])
+    ledger.close("the weights")
+    return params
+
+
+def load_params(
+    folder: Path | str,
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Params:
+    """Read the safetensors of a folder in hub layout.
+
+    dtype:   of the Params; None is the checkpoint's own (`stored_dtype`)
+    returns: Params on `device`; when the head is tied, `lm_head` is the very `embed`
+    raises:  CheckpointError for files that are missing, corrupt or unfit for the config, naming
+             every missing, unexpected and misshapen tensor at once
+    """
+    folder = Path(folder)
+    stored = find_tensors(folder)
+    _check_stored(folder, stored, config)
+    names = set(expected_tensors(config))
+    # The largest first: what is mapped beside the finished weights shrinks as they grow.
+    stored = {name: stored[name] for name in sorted(names, key=lambda n: -_size(stored[n]))}
+    dtype = dtype or stored_dtype(folder, stored)
+    return params_from_tensors(_read_tensors(stored), config, dtype, device)
+
+
+def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = None) -> torch.dtype:
+    """The dtype that config.json names, else the widest of the tensors' own.
+
+    raises: CheckpointError; ConfigError where config.json names a dtype that minifuse does not run
+    """
+    raw = read_json(Path(folder) / "config.json")
+    name = raw.get("dtype", raw.get("torch_dtype"))
+    if name is not None:
+        if name not in DTYPES:
+            raise ConfigError(
+                f"config field dtype is {name!r}; minifuse runs {', '.join(DTYPE_NAMES)}: "
+                "ask for one of them by name"
+            )
+        return DTYPES[name]
+    found = {_FILE_DTYPES[tensor.dtype] for tensor in (stored or find_tensors(folder)).values()}
+    widest = found.pop()
+    for dtype in found:
+        widest = torch.promote_types(widest, dtype)
+    return torch.float32 if widest == torch.float64 else widest
+
+
+def find_tensors(folder: Path | str) -> dict[str, StoredTensor]:
+    """Read the headers of a folder's safetensors: one file, or the shards of its index.
+
+    raises: CheckpointError where a file is missing, corrupt, outside of the folder, or not floats
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).exists():
+        return _read_header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; wanted weights as safetensors"
+        )
+    placed = _read_index(folder / INDEX_FILE)
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(set(placed.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names the shard {shard}, which is not there; "
+                "fetch the checkpoint again"
+            )
+        header = _read_header(folder / shard)
+        twice = sorted(found.keys() & header.keys())
+        if twice:
+            raise CheckpointError(f"{folder}: more than one shard holds {', '.join(twice)}")
+        found |= header
+    astray = sorted(
+        name
+        for name, shard in placed.items()
+        if name not in found or found[name].path != folder / shard
+    )
+    if astray:
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} names tensors that their shards do not hold: "
+            f"{', '.join(astray)}"
+        )
+    return found
+
+
+def weight_files(folder: Path | str) -> list[Path]:
+    """The safetensors files that `load_params` reads, sorted."""
+    return sorted({tensor.path for tensor in find_tensors(folder).values()})
+
+
+def save_checkpoint(
+    folder: Path | str,
+    config_raw: dict,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write config.json and safetensors, one file or shards with an index, into a folder.
+
+    tensors: pairs of hub name and float tensor, in any order; about one shard is held in memory
+    raises:  CheckpointError, naming every missing, unexpected and misshapen tensor; by then the
+             folder holds files, so write into a temporary one
+    """
+    folder = Path(folder)
+    ledger = _Ledger(ModelConfig.from_hf(config_raw))
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total_bytes = 0
+
+    names = {value: key for key, value in DTYPES.items()}
+    # The older spelling of the field is the one that every version of transformers reads.
+    write_json(folder / "config.json", config_raw | {"torch_dtype": names[dtype]})
+
+    def flush() -> None:
+        path = _numbered(folder, len(shards))
+        save_file(waiting, path, metadata={"format": "pt"})
+        # safetensors makes files that their owner alone may read.
+        shutil.copymode(folder / "config.json", path)
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if not ledger.admit(name, tuple(tensor.shape)):
+            continue
+        cast = tensor.to(dtype).contiguous()
+        _check_range(name, tensor, cast)
+        if waiting and sum(t.nbytes for t in waiting.values()) + cast.nbytes > max_shard_bytes:
+            flush()
+        waiting[name] = cast
+        total_bytes += cast.nbytes
+    ledger.close("the weights")
+    flush()
+    _name_shards(folder, shards, total_bytes)
+
+
+def read_json(path: Path) -> dict:
+    """Parse a JSON file that holds an object.
+
+    raises: CheckpointError where the file is missing, no UTF-8, no JSON, or not an object
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; wanted a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object for people to read, as UTF-8."""
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Ledger:
+    """Ticks off the tensors that a config expects and remembers what is wrong with the others."""
+
+    def __init__(self, config: ModelConfig):
+        self._missing = expected_tensors(config)
+        self._known = dict(self._missing)
+        self._unexpected: list[str] = []
+        self._misshapen: list[str] = []
+
+    def admit(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that name is wanted, has the right shape and came once."""
+        wanted = self._missing.pop(name, None)
+        if wanted is None:
+            twice = " (twice)" if name in self._known else ""
+            self._unexpected.append(name + twice)
+        elif wanted != shape:
+            self._misshapen.append(f"{name} is {list(shape)}, wanted {list(wanted)}")
+        return wanted == shape
+
+    def close(self, where: object) -> None:
+        """Raise CheckpointError unless everything was admitted."""
+        lists = {
+            "missing": sorted(self._missing),
+            "unexpected": sorted(self._unexpected),
+            "misshapen": sorted(self._misshapen),
+        }
+        problems = [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+        if problems:
+            raise CheckpointError(f"{where} do not match the config; {'; '.join(problems)}")
+
+
+def _check_stored(folder: Path, stored: dict[str, StoredTensor], config: ModelConfig) -> None:
+    ledger = _Ledger(config)
+    for name, tensor in stored.items():
+        is_second_head = name == _LM_HEAD and config.tie_word_embeddings
+        if not is_second_head and not _HARMLESS.fullmatch(name):
+            ledger.admit(name, tensor.shape)
+    ledger.close(f"the weights in {folder}")
+    if config.tie_word_embeddings and _LM_HEAD in stored:
+        _check_tied(folder, stored[_EMBED], stored[_LM_HEAD])
+
+
+def _check_tied(folder: Path, embed: StoredTensor, lm_head: StoredTensor) -> None:
+    """A tied head may be stored a second time; other values would contradict the config."""
+    is_same = embed.shape == lm_head.shape
+    if is_same:
+        with _open(embed.path) as embed_file, _open(lm_head.path) as head_file:
+            embed_rows = embed_file.get_slice(_EMBED)
+            head_rows = head_file.get_slice(_LM_HEAD)
+            is_same = all(
+                torch.equal(
+                    embed_rows[start : start + _COMPARED_ROWS],
+                    head_rows[start : start + _COMPARED_ROWS],
+                )
+                for start in range(0, embed.shape[0], _COMPARED_ROWS)
+            )
+    if not is_same:
+        raise CheckpointError(
+            f"the config of {folder} has tie_word_embeddings true, but {_LM_HEAD} differs from "
+            f"{_EMBED}; set tie_word_embeddings to false if the head is meant to be its own"
+        )
+
+
+def _check_range(name: str, source: Tensor, cast: Tensor) -> None:
+    """float16 ends at 65504; a wider weight would turn into infinity without a word."""
+    if cast.dtype == torch.float16 and source.dtype != torch.float16:
+        is_lost = ~torch.isfinite(cast) & torch.isfinite(source).to(cast.device)
+        if is_lost.any():
+            raise CheckpointError(
+                f"{name} has values beyond float16's range, 65504; use bfloat16 or float32"
+            )
+
+
+def _read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stored.items():
+        # A mapping counts as memory for as long as it is open, so each tensor gets its own.
+        with _open(tensor.path) as file:
+            yield name, file.get_tensor(name)
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    found = {}
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
+            part = file.get_slice(name)
+            found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
+    odd = [
+        f"{name} is {t.dtype}" for name, t in sorted(found.items()) if t.dtype not in _FILE_DTYPES
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds tensors that are not plain floats: {', '.join(odd)}; "
+            f"wanted {', '.join(_FILE_DTYPES)}"
+        )
+    if not found:
+        raise CheckpointError(f"{path} holds no tensors")
+    return found
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({one_line(error)}); fetch it again"
+        ) from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    placed = read_json(path).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
+    for shard in placed.values():
+        if not isinstance(shard, str) or not _is_inside(shard):
+            raise CheckpointError(
+                f"{path} names the shard {shard!r}; wanted a path inside of the folder"
+            )
+    return placed
+
+
+def _is_inside(shard: str) -> bool:
+    """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
+    windows = PureWindowsPath(shard)
+    return bool(windows.parts) and not windows.anchor and ".." not in windows.parts
+
+
+def _numbered(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index}.tmp"
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Give shards their final names, which hold the number of shards, and write the index."""
+    if len(shards) == 1:
+        _numbered(folder, 0).rename(folder / SINGLE_FILE)
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        final = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        _numbered(folder, index).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    write_json(
+        folder / INDEX_FILE,
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _size(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape)

@@ -1,0 +1,96 @@
+"""Block lists from labels and tables, and the dense mask that they stand for.
+
+The rule, for a query with label q at slot s and a key with label k at slot t:
+visible = visibility[q, k] and t <= s. For a prefix, two segments and a view, labels 1 to 4, one
+slot each behind the reserved slot 0, that is
+
+    slot     0 1 2 3 4
+    pad      1 0 0 0 0
+    prefix   0 1 0 0 0
+    seg 1    0 1 1 0 0
+    seg 2    0 1 0 1 0
+    view     0 1 1 1 1
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from minifuse.model import KV_BLOCK, AttentionMask, query_block_tokens
+
+
+def make_dense_mask(
+    query_labels: Tensor, query_slots: Tensor, key_labels: Tensor, visibility: Tensor
+) -> Tensor:
+    """The rule itself, bool[B, T, S]; arguments as in AttentionMask."""
+    rows = torch.arange(visibility.shape[0], device=visibility.device)[:, None, None]
+    seen = visibility[rows, query_labels[:, :, None].long(), key_labels[:, None, :].long()]
+    key_slots = torch.arange(key_labels.shape[1], device=key_labels.device)
+    return seen & (key_slots <= query_slots[:, :, None])
+
+
+def make_decode_mask(
+    query_labels: Tensor, query_slots: Tensor, key_labels: Tensor, visibility: Tensor, bias: Tensor
+) -> AttentionMask:
+    """Block lists by reducing the dense mask: cheapest for the few queries of a decode step."""
+    B, T = query_labels.shape
+    tokens = query_block_tokens(T)
+    dense = make_dense_mask(query_labels, query_slots, key_labels, visibility)
+    blocks = dense.view(B, T // tokens, tokens, -1, KV_BLOCK)
+    full = blocks.all(dim=4).all(dim=2)
+    partial = blocks.any(dim=4).any(dim=2) & ~full
+    return AttentionMask(
+        query_labels,
+        query_slots,
+        key_labels,
+        visibility,
+        bias,
+        *_list_blocks(partial),
+        *_list_blocks(full),
+    )
+
+
+def _list_blocks(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and indices of the set entries, set ones first: bool[B, Q, J] -> i32[B, 1, Q, ...]."""
+    wanted = wanted[:, None].int()
+    # A stable sort of the flags keeps the blocks in slot order.
+    indices = torch.argsort(wanted, dim=-1, descending=True, stable=True)
+    return wanted.sum(dim=-1, dtype=torch.int32), indices.to(torch.int32)
+
+
+def make_prefill_mask(
+    query_labels: Tensor,
+    query_slots: Tensor,
+    key_labels: Tensor,
+    visibility: Tensor,
+    bias: Tensor,
+    group_size: int,
+) -> AttentionMask:
+    """Block lists by `create_block_mask`, for queries folded as in `model.attend`."""
+    B, T = query_labels.shape
+
+    def mask_mod(b, h, q, k):
+        t = q // group_size
+        seen = visibility[b, query_labels[b, t], key_labels[b, k]]
+        return seen & (k <= query_slots[b, t])
+
+    block_mask = create_block_mask(
+        mask_mod,
+        B,
+        None,
+        T * group_size,
+        key_labels.shape[1],
+        device=query_labels.device,
+        BLOCK_SIZE=(query_block_tokens(T) * group_size, KV_BLOCK),
+    )
+    return AttentionMask(
+        query_labels,
+        query_slots,
+        key_labels,
+        visibility,
+        bias,
+        block_mask.kv_num_blocks,
+        block_mask.kv_indices,
+        block_mask.full_kv_num_blocks,
+        block_mask.full_kv_indices,
+    )

@@ -1,0 +1,254 @@
+"""The decoder, in the order a token travels: embedding, layers, final norm, head.
+
+Pure functions of (params, tokens, positions, slots, cache, mask tensors). Prefill and decode are
+the same function at different T, and nothing here knows what a paraphrase is: who sees whom is
+said by labels and two tables (see `AttentionMask`).
+
+Letters: B rows, T tokens in this call, S cache slots, H query heads, K key/value heads, G = H/K,
+D head size, C hidden size, F MLP size, V vocabulary, L labels, Q and J blocks of queries and keys.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from minifuse.cache import KVCache, write_cache
+from minifuse.config import ModelConfig
+from minifuse.rope import apply_rope, make_cos_sin
+
+KV_BLOCK = 128
+
+
+class LayerParams(NamedTuple):
+    """One layer. Linear weights keep the hub's [out, in] order; absent parts are None."""
+
+    attn_norm: Tensor  # float[C]
+    wqkv: Tensor  # float[(H+2K)*D, C]
+    wo: Tensor  # float[C, H*D]
+    mlp_norm: Tensor  # float[C]
+    w_gate_up: Tensor  # float[2F, C]
+    w_down: Tensor  # float[C, F]
+    bqkv: Tensor | None = None  # float[(H+2K)*D]
+    bo: Tensor | None = None  # float[C]
+    q_norm: Tensor | None = None  # float[D]
+    k_norm: Tensor | None = None  # float[D]
+    b_gate_up: Tensor | None = None  # float[2F]
+    b_down: Tensor | None = None  # float[C]
+
+
+class Params(NamedTuple):
+    """All weights. `lm_head` is `embed` itself where the config ties them."""
+
+    embed: Tensor  # float[V, C]
+    layers: tuple[LayerParams, ...]
+    final_norm: Tensor  # float[C]
+    lm_head: Tensor  # float[V, C]
+    inv_freq: Tensor  # f32[D/2]
+
+
+class AttentionMask(NamedTuple):
+    """Who sees whom, as tensors alone, so that no value in it ever recompiles a graph.
+
+    A query sees a key if the table says so for their labels, and the key's slot is not later
+    than its own. Block lists name the key blocks that a block of queries has to visit: `full`
+    where every pair is visible, `partial` where some are.
+    """
+
+    query_labels: Tensor  # i32[B, T]
+    query_slots: Tensor  # i32[B, T]
+    key_labels: Tensor  # i32[B, S]
+    visibility: Tensor  # bool[B, L, L]
+    bias: Tensor  # f32[B, L, L]
+    num_partial: Tensor  # i32[B, 1, Q]
+    partial: Tensor  # i32[B, 1, Q, J]
+    num_full: Tensor  # i32[B, 1, Q]
+    full: Tensor  # i32[B, 1, Q, J]
+
+
+class Rotation(NamedTuple):
+    """The new tokens' RoPE angles, for keys and for folded queries; the same in every layer."""
+
+    cos: Tensor  # f32[B, T, D/2]
+    sin: Tensor  # f32[B, T, D/2]
+    query_cos: Tensor  # f32[B, T * G, D/2]
+    query_sin: Tensor  # f32[B, T * G, D/2]
+
+
+def make_rotation(inv_freq: Tensor, positions: Tensor, group_size: int) -> Rotation:
+    """Angles of i64[B, T] positions; a token's G folded queries share its angle."""
+    cos, sin = make_cos_sin(inv_freq, positions)
+    folded = (angles.repeat_interleave(group_size, dim=1) for angles in (cos, sin))
+    return Rotation(cos, sin, *folded)
+
+
+def lookup(table: Tensor, *indices: Tensor) -> Tensor:
+    """table[indices], inside a mask_mod or score_mod.
+
+    Written as the operator: the subscript becomes an autograd function there, which
+    `nested_compile_region` cannot functionalise (torch 2.13).
+    """
+    return torch.ops.aten.index.Tensor(table, list(indices))
+
+
+def query_block_tokens(num_tokens: int) -> int:
+    """Tokens whose queries share one row of the block lists.
+
+    A divisor of the token count: Inductor's CPU code for a compiled `create_block_mask` breaks
+    on a last block that is cut short.
+    """
+    return min(num_tokens, 32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, computed in f32 as the hub's models do."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias.
+
+    x: float[B, T, in], weight: float[out, in], bias: float[out] -> float[B, T, out]
+
+    One row on the CPU is bound by reading the weight, and Inductor's reduction reads it two to
+    three times as fast as the library's matrix product does.
+    """
+    if x.shape[0] * x.shape[1] > 1 or x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = (x.view(1, -1).float() * weight.float()).sum(-1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(1, 1, -1)
+
+
+def fold_queries(q_BTHD: Tensor, num_kv_heads: int) -> Tensor:
+    """Fold the G query heads of a key/value head into the query length.
+
+    Each key is then read once for all of them, and the mask does not depend on the folded index:
+    folded query t * G + g belongs to token t.
+
+    float[B, T, H, D] -> float[B, K, T * G, D]
+    """
+    B, T, H, D = q_BTHD.shape
+    grouped = q_BTHD.view(B, T, num_kv_heads, H // num_kv_heads, D)
+    return grouped.transpose(1, 2).reshape(B, num_kv_heads, -1, D)
+
+
+def unfold_queries(out_BKTD: Tensor, num_tokens: int) -> Tensor:
+    """Undo `fold_queries` and join the heads: float[B, K, T * G, D] -> float[B, T, H * D]."""
+    B, K, _, D = out_BKTD.shape
+    grouped = out_BKTD.view(B, K, num_tokens, -1, D)
+    return grouped.transpose(1, 2).reshape(B, num_tokens, -1)
+
+
+def attend(q_BKTD: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+    """Attention of folded queries over every slot of the cache that they may see.
+
+    q_BKTD:       float[B, K, T * G, D]
+    keys, values: float[B, K, S, D]
+    returns:      float[B, K, T * G, D]
+    """
+    T = mask.query_labels.shape[1]
+    G = q_BKTD.shape[2] // T
+
+    def mask_mod(b, h, q, k):
+        query_label = lookup(mask.query_labels, b, q // G)
+        seen = lookup(mask.visibility, b, query_label, lookup(mask.key_labels, b, k))
+        return seen & (k <= lookup(mask.query_slots, b, q // G))
+
+    def score_mod(score, b, h, q, k):
+        query_label = lookup(mask.query_labels, b, q // G)
+        return score + lookup(mask.bias, b, query_label, lookup(mask.key_labels, b, k))
+
+    block_mask = BlockMask.from_kv_blocks(
+        mask.num_partial,
+        mask.partial,
+        mask.num_full,
+        mask.full,
+        BLOCK_SIZE=(query_block_tokens(T) * G, KV_BLOCK),
+        mask_mod=mask_mod,
+        seq_lengths=(T * G, keys.shape[2]),
+        compute_q_blocks=False,
+    )
+    return flex_attention(q_BKTD, keys, values, score_mod=score_mod, block_mask=block_mask)
+
+
+def attention_block(
+    x: Tensor,
+    layer: LayerParams,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotation: Rotation,
+    mask: AttentionMask,
+    config: ModelConfig,
+) -> Tensor:
+    """Project, rotate, write keys and values into the cache (in place), attend, project back."""
+    B, T, _ = x.shape
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    qkv = linear(x, layer.wqkv, layer.bqkv).view(B, T, H + 2 * K, D)
+    q, k, v = qkv.split((H, K, K), dim=2)
+    if layer.q_norm is not None:
+        q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
+        k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
+    # Rotated after the fold: Inductor picks the kernel by the shape that q has in memory, and
+    # wants that shape to be the folded one.
+    q = apply_rope(fold_queries(q, K), rotation.query_cos, rotation.query_sin)
+    k = apply_rope(k.transpose(1, 2), rotation.cos, rotation.sin)
+    write_cache(keys, slots, k)
+    write_cache(values, slots, v.transpose(1, 2))
+    return linear(unfold_queries(attend(q, keys, values, mask), T), layer.wo, layer.bo)
+
+
+def mlp_block(x: Tensor, layer: LayerParams) -> Tensor:
+    """Gated SiLU: down(silu(gate(x)) * up(x))."""
+    gate, up = linear(x, layer.w_gate_up, layer.b_gate_up).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, layer.w_down, layer.b_down)
+
+
+@torch.compiler.nested_compile_region
+def decoder_layer(
+    x: Tensor,
+    layer: LayerParams,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    rotation: Rotation,
+    mask: AttentionMask,
+    config: ModelConfig,
+) -> Tensor:
+    """One layer; a region that the compiler traces once however many layers there are."""
+    eps = config.rms_norm_eps
+    normed = rms_norm(x, layer.attn_norm, eps)
+    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, config)
+    return x + mlp_block(rms_norm(x, layer.mlp_norm, eps), layer)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache: KVCache,
+    mask: AttentionMask,
+) -> Tensor:
+    """Run new tokens through all layers; their keys and values are written into `cache`.
+
+    tokens, positions, slots: i64[B, T]
+    returns: float[B, T, C], normed hidden states; `unembed` turns those asked for into logits
+    """
+    x = F.embedding(tokens, params.embed)
+    rotation = make_rotation(params.inv_freq, positions, config.group_size)
+    for layer, keys, values in zip(params.layers, cache.keys, cache.values, strict=True):
+        x = decoder_layer(x, layer, keys, values, slots, rotation, mask, config)
+    return rms_norm(x, params.final_norm, config.rms_norm_eps)
+
+
+def unembed(params: Params, hidden: Tensor) -> Tensor:
+    """Logits of hidden states: float[B, T, C] -> f32[B, T, V]."""
+    return linear(hidden, params.lm_head).float()

@@ -1,0 +1,1 @@
+"""Commands around models: `python -m tools.NAME`. They parse, call the package, and print."""
