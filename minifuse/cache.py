@@ -71,14 +71,14 @@ def move_keys(cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv
         write_cache(values, target, values.gather(2, index))
 
 
-def copy_prefix(cache: KVCache, prefix: KVCache) -> None:
-    """Put a stored prefix into slots 1.. of every row; `cache` is changed in place.
+def copy_prefix(cache: KVCache, row: int, prefix: KVCache) -> None:
+    """Put a stored prefix into slots 1.. of one row; `cache` is changed in place.
 
     prefix: a KVCache of float[1, K, P, D]
     """
     length = prefix.num_slots
     for old, new in zip(cache.keys + cache.values, prefix.keys + prefix.values, strict=True):
-        old[:, :, 1 : length + 1] = new
+        old[row, :, 1 : length + 1] = new[0]
 
 
 def snapshot_prefix(cache: KVCache, length: int) -> KVCache:

@@ -217,19 +217,19 @@ def find_tensors(folder: Path | str) -> dict[str, StoredTensor]:
                 "fetch the checkpoint again"
             )
         header = _read_header(folder / shard)
-        twice = sorted(found.keys() & header.keys())
+        twice = found.keys() & header.keys()
         if twice:
-            raise CheckpointError(f"{folder}: more than one shard holds {', '.join(twice)}")
+            raise CheckpointError(f"{folder}: more than one shard holds {list_names(twice)}")
         found |= header
-    astray = sorted(
+    astray = [
         name
         for name, shard in placed.items()
         if name not in found or found[name].path != folder / shard
-    )
+    ]
     if astray:
         raise CheckpointError(
             f"{folder / INDEX_FILE} names tensors that their shards do not hold: "
-            f"{', '.join(astray)}"
+            f"{list_names(astray)}"
         )
     return found
 
@@ -313,6 +313,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def list_names(names: Iterable[str]) -> str:
+    """Names out of a file for a message, sorted; quoted where one would break the line."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names))
+
+
 class _Ledger:
     """Ticks off the tensors that a config expects and remembers what is wrong with the others."""
 
@@ -335,11 +340,11 @@ class _Ledger:
     def close(self, where: object) -> None:
         """Raise CheckpointError unless everything was admitted."""
         lists = {
-            "missing": sorted(self._missing),
-            "unexpected": sorted(self._unexpected),
-            "misshapen": sorted(self._misshapen),
+            "missing": self._missing,
+            "unexpected": self._unexpected,
+            "misshapen": self._misshapen,
         }
-        problems = [f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names]
+        problems = [f"{kind}: {list_names(names)}" for kind, names in lists.items() if names]
         if problems:
             raise CheckpointError(f"{where} do not match the config; {'; '.join(problems)}")
 
@@ -399,12 +404,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
             part = file.get_slice(name)
             found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
-    odd = [
-        f"{name} is {t.dtype}" for name, t in sorted(found.items()) if t.dtype not in _FILE_DTYPES
-    ]
+    odd = [f"{name} is {t.dtype}" for name, t in found.items() if t.dtype not in _FILE_DTYPES]
     if odd:
         raise CheckpointError(
-            f"{path} holds tensors that are not plain floats: {', '.join(odd)}; "
+            f"{path} holds tensors that are not plain floats: {list_names(odd)}; "
             f"wanted {', '.join(_FILE_DTYPES)}"
         )
     if not found:

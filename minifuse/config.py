@@ -16,14 +16,22 @@ WEIGHT_SIGNALS = ("likelihood", "confidence")
 
 # Fields of config.json that carry no computation of the forward pass.
 _HARMLESS_FIELDS = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id "
-    "chunk_size_feed_forward dtype eos_token_id id2label initializer_range is_llama_config "
-    "label2id layer_types max_window_layers model_type name_or_path output_attentions "
-    "output_hidden_states pad_token_id problem_type return_dict torch_dtype "
-    "transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache "
-    "rope_scaling rope_theta rope_parameters sliding_window hidden_size intermediate_size "
-    "num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-    "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias mlp_bias".split()
+    """
+    _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
+    chunk_size_feed_forward dtype eos_token_id id2label initializer_range is_llama_config label2id
+    layer_types max_window_layers model_type name_or_path output_attentions output_hidden_states
+    pad_token_id problem_type return_dict torch_dtype transformers.js_config transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_cache
+    """.split()
+)
+
+# Fields that `from_hf` reads.
+_READ_FIELDS = frozenset(
+    """
+    attention_bias head_dim hidden_size intermediate_size max_position_embeddings mlp_bias
+    num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters
+    rope_scaling rope_theta sliding_window tie_word_embeddings vocab_size
+    """.split()
 )
 
 # Fields that change the result and are not implemented, with the values that switch them off.
@@ -200,7 +208,7 @@ def _refuse_unsupported(raw: dict) -> None:
             f"config field layer_types holds {sorted(set(layer_types))}; minifuse implements "
             "full_attention alone"
         )
-    unknown = sorted(set(raw) - _HARMLESS_FIELDS - set(_NEUTRAL_VALUES))
+    unknown = sorted(set(raw) - _HARMLESS_FIELDS - _READ_FIELDS - set(_NEUTRAL_VALUES))
     if unknown:
         warnings.warn(
             f"config.json has fields that minifuse does not know and does not use: "

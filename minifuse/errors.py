@@ -17,7 +17,7 @@ class UsageError(MinifuseError):
 
 
 class ConfigError(MinifuseError):
-    """A model's config asks for something that minifuse does not implement, or contradicts itself."""
+    """A model's config contradicts itself, or asks for what minifuse does not implement."""
 
 
 class CheckpointError(MinifuseError):

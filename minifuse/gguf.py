@@ -22,6 +22,7 @@ from minifuse.checkpoint import (
     DEFAULT_SHARD_BYTES,
     DTYPES,
     expected_tensors,
+    list_names,
     one_line,
     save_checkpoint,
     write_json,
@@ -179,19 +180,19 @@ class GgufCheckpoint:
 
         raises: CheckpointError where a block of the file does not decode
         """
-        architecture = self.config["model_type"]
-        heads = {
-            "q_proj": self.config["num_attention_heads"],
-            "k_proj": self.config["num_key_value_heads"],
-        }
+        heads = {}
+        if self.config["model_type"] in _PERMUTED_ARCHITECTURES:
+            heads["q_proj"] = self.config["num_attention_heads"]
+            heads["k_proj"] = self.config["num_key_value_heads"]
         for stored in self._reader.tensors:
             if stored.name == _ROPE_FREQS:
                 continue
             name = _hub_name(stored.name)
             tensor = _dequantize(self.path, stored)
-            module = name.split(".")[-2]
-            if architecture in _PERMUTED_ARCHITECTURES and module in heads:
-                tensor = _unpermute(tensor, heads[module])
+            num_heads = heads.get(name.split(".")[-2])
+            # One of another shape goes out as it is, to be named with all that do not fit.
+            if num_heads and len(tensor) == num_heads * self.config["head_dim"]:
+                tensor = _unpermute(tensor, num_heads)
             yield name, tensor
 
 
@@ -289,10 +290,10 @@ def _read_metadata(path: Path, reader: GGUFReader) -> dict:
 
 def _check_names(path: Path, reader: GGUFReader) -> None:
     names = (tensor.name for tensor in reader.tensors)
-    unknown = sorted(name for name in names if name != _ROPE_FREQS and _hub_name(name) is None)
+    unknown = [name for name in names if name != _ROPE_FREQS and _hub_name(name) is None]
     if unknown:
         raise CheckpointError(
-            f"{path} holds tensors that minifuse does not know: {', '.join(unknown)}"
+            f"{path} holds tensors that minifuse does not know: {list_names(unknown)}"
         )
 
 
@@ -312,14 +313,21 @@ def _hub_name(name: str) -> str | None:
 def _dequantize(path: Path, stored: ReaderTensor) -> Tensor:
     """f32, in the hub's [out, in] order, which is how the reader's data comes."""
     try:
-        values = dequantize(stored.data, stored.tensor_type)
+        # Damaged scales overflow; what comes of them is looked for below.
+        with np.errstate(all="ignore"):
+            values = dequantize(stored.data, stored.tensor_type)
     except NotImplementedError:
         raise CheckpointError(
             f"{path}: tensor {stored.name} has the type {stored.tensor_type.name}, which the gguf "
             "package does not decode; choose another quantisation of the model"
         ) from None
     # A copy, because the file is mapped read-only and torch wants to be able to write.
-    return torch.from_numpy(np.array(values, dtype=np.float32))
+    tensor = torch.from_numpy(np.array(values, dtype=np.float32))
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            f"{path}: tensor {stored.name} holds numbers that are not finite; fetch the file again"
+        )
+    return tensor
 
 
 def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
@@ -381,7 +389,8 @@ def _refuse_unsupported(path: Path, prefix: str, fields: dict) -> None:
     for key, value in fields.items():
         if key not in _READ_KEYS and value not in _NEUTRAL_VALUES.get(key, ()):
             raise ConfigError(
-                f"{path}: {prefix}{key} is {value!r}, which minifuse does not implement"
+                f"{path}: {list_names([prefix + key])} is {value!r}, which minifuse does not "
+                "implement"
             )
 
 

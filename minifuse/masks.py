@@ -12,11 +12,35 @@ slot each behind the reserved slot 0, that is
     view     0 1 1 1 1
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from minifuse.model import KV_BLOCK, AttentionMask, query_block_tokens
+
+
+def make_tables(
+    sees: Sequence[dict[int, dict[int, float]]], num_labels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Dense tables of each row's rules; labels without a rule see nothing.
+
+    sees:    per row, for every query label the key labels that it sees, with a finite bias
+    returns: visibility bool[B, L, L], bias f32[B, L, L]
+    """
+    entries = [
+        (row, query, key, bias)
+        for row, rules in enumerate(sees)
+        for query, keys in rules.items()
+        for key, bias in keys.items()
+    ]
+    rows, queries, keys, biases = zip(*entries, strict=True)
+    shape = (len(sees), num_labels, num_labels)
+    index = tuple(torch.tensor(labels) for labels in (rows, queries, keys))
+    visibility = torch.zeros(shape, dtype=torch.bool).index_put_(index, torch.tensor(True))
+    bias = torch.zeros(shape).index_put_(index, torch.tensor(biases, dtype=torch.float32))
+    return visibility.to(device), bias.to(device)
 
 
 def make_dense_mask(
@@ -37,8 +61,12 @@ def make_decode_mask(
     tokens = query_block_tokens(T)
     dense = make_dense_mask(query_labels, query_slots, key_labels, visibility)
     blocks = dense.view(B, T // tokens, tokens, -1, KV_BLOCK)
+    visited = blocks.any(dim=4).any(dim=2)
     full = blocks.all(dim=4).all(dim=2)
-    partial = blocks.any(dim=4).any(dim=2) & ~full
+    if dense.is_cuda:
+        # Triton's decode kernel splits its work over the partial blocks alone.
+        full = torch.zeros_like(full)
+    partial = visited & ~full
     return AttentionMask(
         query_labels,
         query_slots,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from minifuse.cache import KVCache, write_cache
+from minifuse.cache import KVCache, allocate_cache, write_cache
 from minifuse.config import ModelConfig
 from minifuse.rope import apply_rope, make_cos_sin
 
@@ -252,3 +252,34 @@ def forward(
 def unembed(params: Params, hidden: Tensor) -> Tensor:
     """Logits of hidden states: float[B, T, C] -> f32[B, T, V]."""
     return linear(hidden, params.lm_head).float()
+
+
+@torch.inference_mode()
+def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor:
+    """Plain causal decoding of whole sequences, eagerly, with a cache of its own: for checks.
+
+    tokens:  i64[B, T]
+    returns: f32[B, T, V]
+    """
+    B, T = tokens.shape
+    device = tokens.device
+    num_blocks = -(-T // KV_BLOCK)
+    cache = allocate_cache(
+        config, rows=B, slots=num_blocks * KV_BLOCK, dtype=params.embed.dtype, device=device
+    )
+    places = torch.arange(T, device=device).expand(B, T)
+    rows = -(-T // query_block_tokens(T))
+    count = torch.zeros(B, 1, rows, dtype=torch.int32, device=device)
+    blocks = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, rows, -1)
+    mask = AttentionMask(
+        query_labels=torch.zeros(B, T, dtype=torch.int32, device=device),
+        query_slots=places.int(),
+        key_labels=torch.zeros(B, cache.num_slots, dtype=torch.int32, device=device),
+        visibility=torch.ones(B, 1, 1, dtype=torch.bool, device=device),
+        bias=torch.zeros(B, 1, 1, device=device),
+        num_partial=count + num_blocks,
+        partial=blocks,
+        num_full=count,
+        full=blocks,
+    )
+    return unembed(params, forward(params, config, tokens, places, places, cache, mask))

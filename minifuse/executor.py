@@ -1,0 +1,287 @@
+"""Runs tokens through compiled graphs of a few fixed sizes over a static cache.
+
+A graph is known by (kind, rows, tokens, slots, labels). It is compiled on first use, by a run that
+holds padding alone; from then on nothing that fits recompiles: layouts, methods and weights are
+values in tensors. Longer inputs go through in chunks, which changes nothing: a token sees earlier
+slots alone, and those are in the cache by then.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minifuse.cache import KVCache, allocate_cache, move_keys
+from minifuse.config import ModelConfig
+from minifuse.masks import make_decode_mask, make_prefill_mask, make_tables
+from minifuse.model import Params, forward, unembed
+
+PREFILL_SIZES = (128, 512)
+DECODE_SIZES = (1, 8, 32)
+LABEL_COUNTS = (256, 1024)
+MIN_SLOTS = 1024
+# What a call costs beside its tokens, in tokens of prefill: two chunks of 128 beat one of 512.
+CALL_COST = 40
+# Short passes go through the decode graph in at most this many calls: one graph less to compile.
+MAX_DECODE_CALLS = 4
+
+
+class Token(NamedTuple):
+    """One token to run: its id, and where it lies."""
+
+    id: int
+    position: int
+    slot: int
+    label: int
+
+
+PADDING = Token(0, 0, 0, 0)
+
+
+@dataclass
+class Session:
+    """The tensors of a batch of requests while they are answered.
+
+    cache:      float[B, K, S, D] per layer
+    key_labels: i32[B, S], 0 where nothing is written
+    visibility: bool[B, L, L]
+    bias:       f32[B, L, L]
+    """
+
+    cache: KVCache
+    key_labels: Tensor
+    visibility: Tensor
+    bias: Tensor
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Rows, slots, labels: a graph is compiled for these."""
+        return (*self.key_labels.shape, self.visibility.shape[1])
+
+    def set_tables(self, sees: Sequence[dict[int, dict[int, float]]]) -> None:
+        """Fill the tables from each row's rules; rows beyond them hold padding."""
+        padding = [{0: {0: 0.0}}] * (self.visibility.shape[0] - len(sees))
+        self.visibility, self.bias = make_tables(
+            [*sees, *padding], self.visibility.shape[1], self.key_labels.device
+        )
+
+
+def prefill_step(
+    params: Params,
+    config: ModelConfig,
+    inputs: Tensor,
+    cache: KVCache,
+    key_labels: Tensor,
+    visibility: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Hidden states float[B, T, C] of many tokens; `cache` is changed in place.
+
+    inputs: i64[4, B, T]  token ids, positions, slots, labels
+    """
+    tokens, positions, slots, labels = inputs
+    mask = make_prefill_mask(
+        labels.int(), slots.int(), key_labels, visibility, bias, config.group_size
+    )
+    return forward(params, config, tokens, positions, slots, cache, mask)
+
+
+def decode_step(
+    params: Params,
+    config: ModelConfig,
+    inputs: Tensor,
+    cache: KVCache,
+    key_labels: Tensor,
+    visibility: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """Logits f32[B, T, V] of a few tokens; arguments as in `prefill_step`."""
+    tokens, positions, slots, labels = inputs
+    mask = make_decode_mask(labels.int(), slots.int(), key_labels, visibility, bias)
+    return unembed(params, forward(params, config, tokens, positions, slots, cache, mask))
+
+
+class Executor:
+    """Owns params, compiled graphs and cache buffers; knows nothing of text or methods.
+
+    compile_s:  seconds spent in compiling runs so far
+    recompiles: graphs compiled outside of such runs; 0 unless something is wrong
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, *, compile: bool):
+        self.config = config
+        self.params = params
+        self.is_compiled = compile
+        self.compile_s = 0.0
+        self.recompiles = 0
+        self._steps = {"prefill": prefill_step, "decode": decode_step}
+        if compile:
+            self._steps = {
+                kind: torch.compile(step, fullgraph=True, dynamic=False)
+                for kind, step in self._steps.items()
+            }
+        self._compiled: set[tuple] = set()
+        self._free_caches: list[KVCache] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.params.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.params.embed.dtype
+
+    @contextmanager
+    def session(self, *, rows: int, slots: int, labels: int) -> Iterator[Session]:
+        """Tensors for a batch; the cache goes back to be used again.
+
+        Stale keys in it are harmless: nothing sees a slot whose label is 0.
+        """
+        with torch.inference_mode():
+            session = Session(
+                cache=self._take_cache(rows, slots),
+                key_labels=torch.zeros(rows, slots, dtype=torch.int32, device=self.device),
+                visibility=torch.zeros(rows, labels, labels, dtype=torch.bool, device=self.device),
+                bias=torch.zeros(rows, labels, labels, device=self.device),
+            )
+            session.set_tables([])
+        try:
+            yield session
+        finally:
+            # The most recent two sizes are kept: a batch, and the single row of its prefix.
+            self._free_caches = [session.cache, *self._free_caches][:2]
+
+    def _take_cache(self, rows: int, slots: int) -> KVCache:
+        for i, cache in enumerate(self._free_caches):
+            if cache.keys[0].shape[0] == rows and cache.num_slots == slots:
+                return self._free_caches.pop(i)
+        self._free_caches.clear()
+        return allocate_cache(
+            self.config, rows=rows, slots=slots, dtype=self.dtype, device=self.device
+        )
+
+    def prefill(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
+        """Run tokens, any number of them; hidden states float[B, n, C] of the longest row's n."""
+        length = max(map(len, rows))
+        return self._run_chunks("prefill", session, rows, split_prefill(length))[:, :length]
+
+    def decode(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
+        """Run a few tokens through the decode graph; logits f32[B, n, V]."""
+        length = max(map(len, rows))
+        return self._run_chunks("decode", session, rows, split_decode(length))[:, :length]
+
+    def read(
+        self, session: Session, rows: Sequence[Sequence[Token]], wanted: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Run tokens, and return the logits of some of them.
+
+        wanted:  (row, index in that row) pairs
+        returns: f32[len(wanted), V]
+        """
+        row_index, token_index = (list(index) for index in zip(*wanted, strict=True))
+        length = max(map(len, rows))
+        if len(split_decode(length)) <= MAX_DECODE_CALLS:
+            return self.decode(session, rows)[row_index, token_index]
+        return self.unembed(self.prefill(session, rows)[row_index, token_index])
+
+    @torch.inference_mode()
+    def move(self, session: Session, rows: Sequence[Sequence[tuple[int, int, int, int]]]) -> None:
+        """Copy keys to other slots, rotated on.
+
+        rows: per row of the batch (source slot, target slot, positions to move by, new label)
+        """
+        length = max(map(len, rows))
+        filled = [[*row, *[(0, 0, 0, 0)] * (length - len(row))] for row in rows]
+        filled += [[(0, 0, 0, 0)] * length] * (session.size[0] - len(rows))
+        source, target, turns, labels = torch.tensor(filled, device=self.device).movedim(-1, 0)
+        session.key_labels.scatter_(1, target, labels.int())
+        move_keys(session.cache, source, target, turns, self.params.inv_freq)
+
+    @torch.inference_mode()
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits f32[n, V] of hidden states float[n, C]; not compiled: n takes any value."""
+        return unembed(self.params, hidden[None])[0]
+
+    @torch.inference_mode()
+    def _run_chunks(
+        self,
+        kind: str,
+        session: Session,
+        rows: Sequence[Sequence[Token]],
+        sizes: Sequence[int],
+    ) -> Tensor:
+        padded = sum(sizes)
+        filled = [[*row, *[PADDING] * (padded - len(row))] for row in rows]
+        filled += [[PADDING] * padded] * (session.size[0] - len(rows))
+        # i64[4, B, n]: ids, positions, slots, labels
+        inputs = torch.tensor(filled, device=self.device).movedim(-1, 0)
+        session.key_labels.scatter_(1, inputs[2], inputs[3].int())
+        outputs = []
+        for chunk in inputs.split(list(sizes), dim=2):
+            outputs.append(self._run(kind, session, chunk.contiguous()))
+        return torch.cat(outputs, dim=1)
+
+    def _run(self, kind: str, session: Session, inputs: Tensor) -> Tensor:
+        key = (kind, inputs.shape[2], *session.size)
+        if self.is_compiled and key not in self._compiled:
+            start = time.perf_counter()
+            # The default limit of 8 graphs per function would end in a silent eager fallback.
+            with torch._dynamo.config.patch(
+                recompile_limit=1024,
+                accumulated_recompile_limit=4096,
+                fail_on_recompile_limit_hit=True,
+            ):
+                self._call(kind, session, torch.zeros_like(inputs))
+            self.compile_s += time.perf_counter() - start
+            self._compiled.add(key)
+        before = count_compiled_graphs()
+        output = self._call(kind, session, inputs)
+        if self.is_compiled:
+            self.recompiles += count_compiled_graphs() - before
+        return output
+
+    def _call(self, kind: str, session: Session, inputs: Tensor) -> Tensor:
+        return self._steps[kind](
+            self.params,
+            self.config,
+            inputs,
+            session.cache,
+            session.key_labels,
+            session.visibility,
+            session.bias,
+        )
+
+
+def count_compiled_graphs() -> int:
+    """Graphs that Dynamo has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def split_prefill(length: int) -> list[int]:
+    """Chunk sizes for `length` tokens, at the least cost in tokens and calls."""
+    small, large = PREFILL_SIZES
+    chunks, rest = divmod(length, large)
+    sizes = [large] * chunks
+    if rest:
+        count = -(-rest // small)
+        fits_small = count * (small + CALL_COST) < large + CALL_COST
+        sizes += [small] * count if fits_small else [large]
+    return sizes
+
+
+def split_decode(length: int) -> list[int]:
+    """Chunk sizes for `length` tokens: as many of the largest as are full, one for the rest."""
+    chunks, rest = divmod(length, DECODE_SIZES[-1])
+    sizes = [DECODE_SIZES[-1]] * chunks
+    if rest:
+        sizes.append(next(size for size in DECODE_SIZES if size >= rest))
+    return sizes
+
+
+def round_up(value: int, choices: Sequence[int]) -> int:
+    """The smallest choice of at least `value`, else the next power of two."""
+    return next((c for c in choices if c >= value), 1 << (value - 1).bit_length())

@@ -1,0 +1,234 @@
+"""Every method as data: which segments its streams see, with what bias, and how they are reduced.
+
+An `Answer` is one text to generate: some streams that always receive the same token, and the
+reduction of their next-token scores. Answers that must come out equal are one answer: `origin` is
+the first of `per_prompt`, `weighted_max` that of the heaviest segment, `vote` reads them all.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from minifuse.errors import UsageError
+from minifuse.layout import Encoding
+
+
+class Reduction(StrEnum):
+    """What makes one next-token distribution of several streams."""
+
+    NONE = "none"
+    MEAN_LOGITS = "mean of logits"
+    MEAN_PROBS = "mean of probabilities"
+    MAX_PROBS = "maximum of probabilities, renormalised"
+
+
+class Weighting(StrEnum):
+    """Where the weights of a method's segments come from."""
+
+    NONE = "none"  # no weights
+    UNIFORM = "uniform"  # 1/N each
+    CHOSEN = "chosen"  # given by the user, else found per item
+    FOUND = "found"  # always found per item
+
+
+class Sees(StrEnum):
+    """Which segments the streams of a method see."""
+
+    FIRST = "one stream: the first segment"
+    HEAVIEST = "one stream: the heaviest segment"
+    EACH = "N streams: one segment each"
+    ALL = "one stream: all segments"
+
+
+class FusionMethod(StrEnum):
+    """The closed list of methods, by canonical name."""
+
+    ORIGIN = "origin"
+    PER_PROMPT = "per_prompt"
+    LOGIT_AVG = "logit_avg"
+    PROB_AVG = "prob_avg"
+    PROB_MAX = "prob_max"
+    WEIGHTED_AVG = "weighted_avg"
+    WEIGHTED_PROB_AVG = "weighted_prob_avg"
+    WEIGHTED_MAX = "weighted_max"
+    VOTE = "vote"
+    FUSED = "fused"
+    FUSED_WEIGHTED = "fused_weighted"
+    FUSED_AUTO = "fused_auto"
+    FUSED_PLAIN = "fused_plain"
+    CONCAT = "concat"
+
+
+ALIASES = {
+    "avg": FusionMethod.LOGIT_AVG,
+    "max": FusionMethod.PROB_MAX,
+    "flex_attention": FusionMethod.FUSED_PLAIN,
+}
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """encoding: None leaves it to the request's `positions` setting."""
+
+    sees: Sees
+    reduction: Reduction = Reduction.NONE
+    weighting: Weighting = Weighting.NONE
+    encoding: Encoding | None = Encoding.ALONE
+
+
+SPECS = {
+    FusionMethod.ORIGIN: MethodSpec(Sees.FIRST),
+    FusionMethod.PER_PROMPT: MethodSpec(Sees.EACH),
+    FusionMethod.LOGIT_AVG: MethodSpec(Sees.EACH, Reduction.MEAN_LOGITS, Weighting.UNIFORM),
+    FusionMethod.PROB_AVG: MethodSpec(Sees.EACH, Reduction.MEAN_PROBS, Weighting.UNIFORM),
+    FusionMethod.PROB_MAX: MethodSpec(Sees.EACH, Reduction.MAX_PROBS),
+    FusionMethod.WEIGHTED_AVG: MethodSpec(Sees.EACH, Reduction.MEAN_LOGITS, Weighting.CHOSEN),
+    FusionMethod.WEIGHTED_PROB_AVG: MethodSpec(Sees.EACH, Reduction.MEAN_PROBS, Weighting.CHOSEN),
+    FusionMethod.WEIGHTED_MAX: MethodSpec(Sees.HEAVIEST, weighting=Weighting.CHOSEN),
+    FusionMethod.VOTE: MethodSpec(Sees.EACH),
+    FusionMethod.FUSED: MethodSpec(Sees.ALL, weighting=Weighting.UNIFORM, encoding=None),
+    FusionMethod.FUSED_WEIGHTED: MethodSpec(Sees.ALL, weighting=Weighting.CHOSEN, encoding=None),
+    FusionMethod.FUSED_AUTO: MethodSpec(Sees.ALL, weighting=Weighting.FOUND, encoding=None),
+    FusionMethod.FUSED_PLAIN: MethodSpec(Sees.ALL, encoding=Encoding.SEQUENTIAL),
+    FusionMethod.CONCAT: MethodSpec(Sees.ALL, encoding=Encoding.CAUSAL),
+}
+
+
+def parse_methods(names: str | Iterable[str]) -> tuple[FusionMethod, ...]:
+    """Canonical methods of names and aliases, each once, in the order given; `all` is every one.
+
+    raises: UsageError for an unknown name, or no name at all.
+    """
+    methods: list[FusionMethod] = []
+    for name in [names] if isinstance(names, str) else names:
+        if name == "all":
+            methods.extend(FusionMethod)
+        elif name in ALIASES:
+            methods.append(ALIASES[name])
+        elif name in list(FusionMethod):
+            methods.append(FusionMethod(name))
+        else:
+            known = ", ".join([*FusionMethod, *ALIASES, "all"])
+            raise UsageError(f"method is {name!r}; wanted one of {known}")
+    if not methods:
+        raise UsageError("methods is empty; wanted at least one method, such as fused")
+    return tuple(dict.fromkeys(methods))
+
+
+def needs_weights(methods: Iterable[FusionMethod], weighting: Weighting) -> bool:
+    """Whether some method takes its weights from `weighting`."""
+    return any(SPECS[method].weighting is weighting for method in methods)
+
+
+@dataclass(frozen=True)
+class SegmentWeights:
+    """Normalised weights of the segments, by where a method takes them from.
+
+    chosen, found: None as long as no method asked for them; `*_source` says where they come from.
+    """
+
+    uniform: tuple[float, ...]
+    chosen: tuple[float, ...] | None = None
+    found: tuple[float, ...] | None = None
+    chosen_source: str | None = None
+    found_source: str | None = None
+
+    def of(self, weighting: Weighting) -> tuple[float, ...] | None:
+        """The weights themselves, None for methods without any."""
+        return {
+            Weighting.NONE: None,
+            Weighting.UNIFORM: self.uniform,
+            Weighting.CHOSEN: self.chosen,
+            Weighting.FOUND: self.found,
+        }[weighting]
+
+    def source_of(self, weighting: Weighting) -> str | None:
+        """`given`, or the signal that they were found by; None for methods without weights."""
+        sources = {Weighting.CHOSEN: self.chosen_source, Weighting.FOUND: self.found_source}
+        return sources.get(weighting)
+
+
+@dataclass(frozen=True)
+class ViewRequest:
+    """Which view a stream wants; see `layout.PackedPrompt.view`."""
+
+    encoding: Encoding
+    indices: tuple[int, ...]
+    biases: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One text to generate: the views of its streams, and how their scores become one.
+
+    index:   the paraphrase's number for an answer of `per_prompt`, else None
+    weights: one per stream, for the means; None for the other reductions
+    """
+
+    method: FusionMethod
+    index: int | None
+    views: tuple[ViewRequest, ...]
+    reduction: Reduction
+    weights: tuple[float, ...] | None = None
+
+
+def single_view(index: int) -> ViewRequest:
+    """The plain prompt: prefix, one segment, suffix."""
+    return ViewRequest(Encoding.ALONE, (index,), (0.0,))
+
+
+def make_answers(
+    method: FusionMethod, weights: SegmentWeights, positions: Encoding, balance: float
+) -> tuple[Answer, ...]:
+    """The answers that a method reads: N for `per_prompt` and `vote`, else one.
+
+    positions: where fused views find their segments
+    balance:   factor on the fused methods' bias log(w)
+    """
+    spec = SPECS[method]
+    own = weights.of(spec.weighting)
+    everyone = tuple(range(len(weights.uniform)))
+    if spec.sees is Sees.ALL:
+        biases = tuple(_bias(w, balance) for w in own) if own else (0.0,) * len(everyone)
+        view = ViewRequest(spec.encoding or positions, everyone, biases)
+        return (Answer(method, None, (view,), spec.reduction),)
+    if spec.reduction is not Reduction.NONE:
+        views = tuple(single_view(i) for i in everyone)
+        return (Answer(method, None, views, spec.reduction, own),)
+    indices = everyone
+    if spec.sees is Sees.FIRST:
+        indices = (0,)
+    elif spec.sees is Sees.HEAVIEST:
+        indices = (own.index(max(own)),)
+    return tuple(
+        Answer(FusionMethod.PER_PROMPT, i, (single_view(i),), Reduction.NONE) for i in indices
+    )
+
+
+def _bias(weight: float, balance: float) -> float:
+    """log(w) scaled; a weight of zero hides its segment, whatever the balance."""
+    return balance * math.log(weight) if weight > 0 else -math.inf
+
+
+def normalise_weights(weights: Iterable[float], num_segments: int) -> tuple[float, ...]:
+    """Weights given by a user, checked, and scaled to a sum of one.
+
+    raises: UsageError for a wrong count, for negative or non-finite numbers, for a sum of zero.
+    """
+    values = tuple(weights)
+    if len(values) != num_segments:
+        raise UsageError(
+            f"got {len(values)} weights for {num_segments} segments; wanted one each, or the name "
+            "of a signal"
+        )
+    for value in values:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0:
+            raise UsageError(f"a weight is {value!r}; wanted finite numbers of at least 0")
+    # Scaled by the largest first, so that neither tiny nor huge numbers overflow the sum.
+    largest = max(values)
+    if largest == 0:
+        raise UsageError("all weights are 0; wanted at least one above 0")
+    scaled = [value / largest for value in values]
+    return tuple(value / sum(scaled) for value in scaled)

@@ -1,0 +1,71 @@
+"""From next-token logits to a token: reduction over streams, filters, greedy or drawn."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from minifuse.config import GenerationConfig
+from minifuse.methods import Reduction
+
+
+def reduce_logits(
+    logits: Tensor, reduction: Reduction, weights: tuple[float, ...] | None
+) -> Tensor:
+    """One next-token distribution of an answer's streams.
+
+    logits:  f32[R, ..., V]
+    weights: R numbers that sum to one, for the means
+    returns: f32[..., V], normalised log-probabilities
+    """
+    if reduction is Reduction.NONE:
+        return torch.log_softmax(logits[0], dim=-1)
+    shape = (-1,) + (1,) * (logits.dim() - 1)
+    if reduction is Reduction.MEAN_LOGITS:
+        mean = (logits * logits.new_tensor(weights).view(shape)).sum(0)
+        return torch.log_softmax(mean, dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    if reduction is Reduction.MEAN_PROBS:
+        log_weights = logits.new_tensor(weights).log().view(shape)
+        return torch.logsumexp(logprobs + log_weights, dim=0)
+    return torch.log_softmax(logprobs.amax(0), dim=-1)
+
+
+def make_generator(seed: int, *identity: object) -> torch.Generator:
+    """A generator of its own for each (seed, request, method, index).
+
+    Other answers of the same call, or other requests of the same batch, change nothing in it.
+    """
+    digest = hashlib.sha256(repr((seed, *identity)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def pick_token(
+    logprobs: Tensor, config: GenerationConfig, generator: torch.Generator | None
+) -> int:
+    """The next token's id: the most likely at temperature 0, else drawn.
+
+    logprobs: f32[V]
+    """
+    if config.temperature == 0:
+        return int(logprobs.argmax())
+    return int(torch.multinomial(filter_probs(logprobs, config).cpu(), 1, generator=generator))
+
+
+def filter_probs(logprobs: Tensor, config: GenerationConfig) -> Tensor:
+    """Probabilities after temperature, top-k and top-p, in this order.
+
+    logprobs: f32[V]
+    returns:  f32[V], sums to one; the most likely token always stays
+    """
+    ordered, order = torch.sort(logprobs.double() / config.temperature, descending=True)
+    if config.top_k:
+        ordered[config.top_k :] = -torch.inf
+    probs = torch.softmax(ordered, dim=-1)
+    if config.top_p < 1:
+        # A token stays while the more likely ones before it have not yet reached top_p.
+        before = probs.cumsum(-1) - probs
+        probs = torch.where(before < config.top_p, probs, 0.0)
+        probs[0] = probs[0].clamp_min(torch.finfo(probs.dtype).tiny)
+    filtered = torch.zeros_like(probs).scatter(0, order, probs)
+    return (filtered / filtered.sum()).float()
