@@ -42,6 +42,15 @@ class Token(NamedTuple):
 PADDING = Token(0, 0, 0, 0)
 
 
+class Inputs(NamedTuple):
+    """The tokens of one call."""
+
+    token_ids: Tensor  # i64[B, T]
+    positions: Tensor  # i64[B, T]
+    slots: Tensor  # i64[B, T]
+    labels: Tensor  # i32[B, T]
+
+
 @dataclass
 class Session:
     """The tensors of a batch of requests while they are answered.
@@ -73,27 +82,22 @@ class Session:
 def prefill_step(
     params: Params,
     config: ModelConfig,
-    inputs: Tensor,
+    inputs: Inputs,
     cache: KVCache,
     key_labels: Tensor,
     visibility: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """Hidden states float[B, T, C] of many tokens; `cache` is changed in place.
-
-    inputs: i64[4, B, T]  token ids, positions, slots, labels
-    """
+    """Hidden states float[B, T, C] of many tokens; `cache` is changed in place."""
     tokens, positions, slots, labels = inputs
-    mask = make_prefill_mask(
-        labels.int(), slots.int(), key_labels, visibility, bias, config.group_size
-    )
+    mask = make_prefill_mask(labels, slots.int(), key_labels, visibility, bias, config.group_size)
     return forward(params, config, tokens, positions, slots, cache, mask)
 
 
 def decode_step(
     params: Params,
     config: ModelConfig,
-    inputs: Tensor,
+    inputs: Inputs,
     cache: KVCache,
     key_labels: Tensor,
     visibility: Tensor,
@@ -101,7 +105,7 @@ def decode_step(
 ) -> Tensor:
     """Logits f32[B, T, V] of a few tokens; arguments as in `prefill_step`."""
     tokens, positions, slots, labels = inputs
-    mask = make_decode_mask(labels.int(), slots.int(), key_labels, visibility, bias)
+    mask = make_decode_mask(labels, slots.int(), key_labels, visibility, bias)
     return unembed(params, forward(params, config, tokens, positions, slots, cache, mask))
 
 
@@ -217,16 +221,18 @@ class Executor:
         padded = sum(sizes)
         filled = [[*row, *[PADDING] * (padded - len(row))] for row in rows]
         filled += [[PADDING] * padded] * (session.size[0] - len(rows))
-        # i64[4, B, n]: ids, positions, slots, labels
-        inputs = torch.tensor(filled, device=self.device).movedim(-1, 0)
-        session.key_labels.scatter_(1, inputs[2], inputs[3].int())
+        token_ids, positions, slots, labels = torch.tensor(filled, device=self.device).unbind(-1)
+        inputs = Inputs(token_ids, positions, slots, labels.int())
+        session.key_labels.scatter_(1, slots, inputs.labels)
         outputs = []
-        for chunk in inputs.split(list(sizes), dim=2):
-            outputs.append(self._run(kind, session, chunk.contiguous()))
+        for chunk in zip(*(part.split(list(sizes), dim=1) for part in inputs), strict=True):
+            # Contiguous and compact: a graph is compiled for one stride pattern.
+            chunk = Inputs(*(part.clone(memory_format=torch.contiguous_format) for part in chunk))
+            outputs.append(self._run(kind, session, chunk))
         return torch.cat(outputs, dim=1)
 
-    def _run(self, kind: str, session: Session, inputs: Tensor) -> Tensor:
-        key = (kind, inputs.shape[2], *session.size)
+    def _run(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
+        key = (kind, inputs.token_ids.shape[1], *session.size)
         if self.is_compiled and key not in self._compiled:
             start = time.perf_counter()
             # The default limit of 8 graphs per function would end in a silent eager fallback.
@@ -235,7 +241,7 @@ class Executor:
                 accumulated_recompile_limit=4096,
                 fail_on_recompile_limit_hit=True,
             ):
-                self._call(kind, session, torch.zeros_like(inputs))
+                self._call(kind, session, Inputs(*map(torch.zeros_like, inputs)))
             self.compile_s += time.perf_counter() - start
             self._compiled.add(key)
         before = count_compiled_graphs()
@@ -244,7 +250,7 @@ class Executor:
             self.recompiles += count_compiled_graphs() - before
         return output
 
-    def _call(self, kind: str, session: Session, inputs: Tensor) -> Tensor:
+    def _call(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
         return self._steps[kind](
             self.params,
             self.config,
