@@ -669,7 +669,8 @@ def _describe_timings(result: "Generation") -> str:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        first_line, _, _ = str(message).strip().partition("\n")
+        print(f"warning: {first_line}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -761,14 +762,11 @@ class ResultsFile:
         os.replace(partial, self._record_path)
 
     def _read_record(self, path: Path) -> dict:
-        try:
+        # Whatever is wrong with it, the answer is the same.
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_bytes())
             if isinstance(record["options"], dict) and isinstance(record["requests"], dict):
                 return record
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError):
-            pass
         raise UsageError(
             f"{self.path} is not empty, and {path.name} beside it does not say which call made it; "
             "choose another --output"

@@ -185,16 +185,17 @@ def attention_block(
     slots: Tensor,
     rotation: Rotation,
     mask: AttentionMask,
-    config: ModelConfig,
+    eps: float,
 ) -> Tensor:
     """Project, rotate, write keys and values into the cache (in place), attend, project back."""
     B, T, _ = x.shape
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    K, D = keys.shape[1], keys.shape[3]
+    H = layer.wo.shape[1] // D
     qkv = linear(x, layer.wqkv, layer.bqkv).view(B, T, H + 2 * K, D)
     q, k, v = qkv.split((H, K, K), dim=2)
     if layer.q_norm is not None:
-        q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-        k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
+        q = rms_norm(q, layer.q_norm, eps)
+        k = rms_norm(k, layer.k_norm, eps)
     # Rotated after the fold: Inductor picks the kernel by the shape that q has in memory, and
     # wants that shape to be the folded one.
     q = apply_rope(fold_queries(q, K), rotation.query_cos, rotation.query_sin)
@@ -212,19 +213,24 @@ def mlp_block(x: Tensor, layer: LayerParams) -> Tensor:
 
 @torch.compiler.nested_compile_region
 def decoder_layer(
+    eps: float,
     x: Tensor,
-    layer: LayerParams,
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
-    rotation: Rotation,
-    mask: AttentionMask,
-    config: ModelConfig,
+    *parts: Tensor | None,
 ) -> Tensor:
-    """One layer; a region that the compiler traces once however many layers there are."""
-    eps = config.rms_norm_eps
+    """One layer; a region that the compiler traces once however many layers there are.
+
+    Torch 2.13 traces it anew for every layer unless each argument is a tensor or a constant, so
+    `parts` are the fields of Rotation, AttentionMask and LayerParams, in this order.
+    """
+    masked = len(Rotation._fields)
+    weighed = masked + len(AttentionMask._fields)
+    rotation, mask = Rotation(*parts[:masked]), AttentionMask(*parts[masked:weighed])
+    layer = LayerParams(*parts[weighed:])
     normed = rms_norm(x, layer.attn_norm, eps)
-    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, config)
+    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, eps)
     return x + mlp_block(rms_norm(x, layer.mlp_norm, eps), layer)
 
 
@@ -245,7 +251,7 @@ def forward(
     x = F.embedding(tokens, params.embed)
     rotation = make_rotation(params.inv_freq, positions, config.group_size)
     for layer, keys, values in zip(params.layers, cache.keys, cache.values, strict=True):
-        x = decoder_layer(x, layer, keys, values, slots, rotation, mask, config)
+        x = decoder_layer(config.rms_norm_eps, x, keys, values, slots, *rotation, *mask, *layer)
     return rms_norm(x, params.final_norm, config.rms_norm_eps)
 
 
