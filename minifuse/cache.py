@@ -50,8 +50,11 @@ def write_cache(cache: Tensor, slots: Tensor, new_BKTD: Tensor) -> None:
     slots:    i64[B, T]  slot of every new token
     new_BKTD: float[B, K, T, D]
     """
-    index = slots[:, None, :, None].expand_as(new_BKTD)
-    cache.scatter_(2, index, new_BKTD)
+    B, K = cache.shape[:2]
+    rows = torch.arange(B, device=cache.device)[:, None, None]
+    heads = torch.arange(K, device=cache.device)[None, :, None]
+    # Not scatter_: Inductor would copy the whole cache to keep the old value.
+    cache.index_put_((rows, heads, slots[:, None]), new_BKTD)
 
 
 def move_keys(cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv_freq: Tensor):

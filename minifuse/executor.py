@@ -22,12 +22,17 @@ from minifuse.model import Params, forward, unembed
 
 PREFILL_SIZES = (128, 512)
 DECODE_SIZES = (1, 8, 32)
+# Up to here single steps cost no more than one larger step: a row alone reads weights fastest.
+MAX_SINGLE_STEPS = 3
 LABEL_COUNTS = (256, 1024)
 MIN_SLOTS = 1024
 # What a call costs beside its tokens, in tokens of prefill: two chunks of 128 beat one of 512.
 CALL_COST = 40
 # Short passes go through the decode graph in at most this many calls: one graph less to compile.
 MAX_DECODE_CALLS = 4
+# Inductor inlines a norm into the matrix product behind it, and computes it anew for every output
+# row, unless an expression of this many operations gets a buffer of its own (default: 50).
+INDUCTOR_OPTIONS = {"realize_opcount_threshold": 10}
 
 
 class Token(NamedTuple):
@@ -125,7 +130,7 @@ class Executor:
         self._steps = {"prefill": prefill_step, "decode": decode_step}
         if compile:
             self._steps = {
-                kind: torch.compile(step, fullgraph=True, dynamic=False)
+                kind: torch.compile(step, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)
                 for kind, step in self._steps.items()
             }
         self._compiled: set[tuple] = set()
@@ -280,7 +285,9 @@ def split_prefill(length: int) -> list[int]:
 
 
 def split_decode(length: int) -> list[int]:
-    """Chunk sizes for `length` tokens: as many of the largest as are full, one for the rest."""
+    """Chunk sizes for `length` tokens: single steps for a few, else the largest that are full."""
+    if length <= MAX_SINGLE_STEPS:
+        return [1] * length
     chunks, rest = divmod(length, DECODE_SIZES[-1])
     sizes = [DECODE_SIZES[-1]] * chunks
     if rest:

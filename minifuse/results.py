@@ -125,27 +125,32 @@ class TextBuilder:
             return self._finish("stop")
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
-        # A stop string that ends in new text can begin at most this far back.
-        searched = max(0, len(self.text) - max(map(len, self.stop), default=0) + 1)
+        searched = self._search_start()
         self.text += self.detokenizer.push(token_id)
-        if self._cut_at_stop(searched):
+        # Held-back text counts too: SentencePiece keeps a newline back until its run of byte
+        # tokens ends.
+        if self._cut_at_stop(self.text + self.detokenizer.pending, searched):
             return self._send(len(self.text))
         if len(self.token_ids) == self.max_new_tokens:
             return self._finish("length")
         return self._send(len(self.text) - self._held_back())
 
     def _finish(self, reason: str) -> str:
-        searched = max(0, len(self.text) - max(map(len, self.stop), default=0) + 1)
+        searched = self._search_start()
         self.text += self.detokenizer.finish()
-        if not self._cut_at_stop(searched):
+        if not self._cut_at_stop(self.text, searched):
             self.finish_reason = reason
         return self._send(len(self.text))
 
-    def _cut_at_stop(self, searched: int) -> bool:
-        found = [at for at in (self.text.find(s, searched) for s in self.stop) if at >= 0]
+    def _search_start(self) -> int:
+        """How far back a stop string that ends in new text can begin."""
+        return max(0, len(self.text) - max(map(len, self.stop), default=0) + 1)
+
+    def _cut_at_stop(self, text: str, searched: int) -> bool:
+        found = [at for at in (text.find(s, searched) for s in self.stop) if at >= 0]
         if not found:
             return False
-        self.text = self.text[: min(found)]
+        self.text = text[: min(found)]
         self.finish_reason = "stop"
         return True
 
