@@ -7,8 +7,9 @@ results = fuser.generate(segments=["Q: ...\n", "Q: ...\n"], suffix="A:", methods
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from minifuse.engine import Fuser, Request, load
+    from minifuse.engine import Fuser, load
     from minifuse.errors import MinifuseError
+    from minifuse.request import Request
     from minifuse.results import Generation, LayoutEntry, StreamEvent
 
 __version__ = "0.1.0"
@@ -17,7 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "minifuse.engine",
     "Fuser": "minifuse.engine",
-    "Request": "minifuse.engine",
+    "Request": "minifuse.request",
     "Generation": "minifuse.results",
     "LayoutEntry": "minifuse.results",
     "StreamEvent": "minifuse.results",

@@ -9,34 +9,37 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from minifuse.cache import KVCache, cache_bytes, copy_prefix, snapshot_prefix
-from minifuse.config import FusionConfig, GenerationConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Token, round_up
-from minifuse.layout import Encoding, PackedPrompt, Part, Prompt, Span, Stream, View
+from minifuse.layout import Encoding, PackedPrompt, Part, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
 from minifuse.methods import (
     SPECS,
     Answer,
     FusionMethod,
-    Sees,
-    SegmentWeights,
-    ViewRequest,
     Weighting,
-    make_answers,
-    needs_weights,
-    normalise_weights,
     parse_methods,
     single_view,
 )
-from minifuse.results import Generation, LayoutEntry, StreamEvent, TextBuilder, pick_winner
+from minifuse.request import (
+    AnswerState,
+    FusionOptions,
+    Job,
+    Options,
+    Request,
+    encode_continuations,
+    make_job,
+    make_plan,
+)
+from minifuse.results import Generation, StreamEvent, TextBuilder, pick_winner
 from minifuse.sampling import make_generator, pick_token, reduce_logits
 
 STORED_PREFIXES = 4
@@ -46,74 +49,6 @@ LOGIT_ROWS = 64
 Results = dict[str, Generation | list[Generation]]
 
 
-class FusionOptions(TypedDict, total=False):
-    """What every call may say about fusion; defaults are those of `FusionConfig`."""
-
-    methods: str | Iterable[str]
-    positions: str
-    beta: float
-    balance: float
-
-
-class Options(FusionOptions, total=False):
-    """What a call that generates may say besides; defaults are those of `GenerationConfig`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    stop: str | Sequence[str]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """One question in several phrasings; texts are taken verbatim.
-
-    weights: one number per segment, or the signal to find them by; None for the default
-    id:      carried along for the caller
-    """
-
-    segments: Sequence[str]
-    prefix: str = ""
-    suffix: str = ""
-    weights: Sequence[float] | str | None = None
-    id: str | int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a call asks for, beside its requests."""
-
-    methods: tuple[FusionMethod, ...]
-    fusion: FusionConfig
-    generation: GenerationConfig
-
-    @property
-    def positions(self) -> Encoding:
-        """How fused views find their segments: the setting `restart` reads them in place."""
-        return Encoding.ALIGNED if self.fusion.positions == "aligned" else Encoding.ALONE
-
-
-def make_plan(
-    *,
-    methods: str | Iterable[str] = (FusionMethod.FUSED,),
-    positions: str = FusionConfig.positions,
-    beta: float = FusionConfig.beta,
-    balance: float = FusionConfig.balance,
-    **generation: Unpack[Options],
-) -> Plan:
-    """Check and sort the options of a call.
-
-    raises: UsageError for a bad value, TypeError for an option that does not exist.
-    """
-    return Plan(
-        parse_methods(methods),
-        FusionConfig(positions=positions, beta=beta, balance=balance),
-        GenerationConfig(**generation),
-    )
-
-
 @dataclass(frozen=True)
 class Size:
     """What a batch takes: cache rows and slots, and labels of the tables."""
@@ -121,107 +56,6 @@ class Size:
     rows: int
     slots: int
     labels: int
-
-
-@dataclass
-class AnswerState:
-    """An answer while it is generated.
-
-    slots: per stream, the slots of the answer's tokens that were run through the model
-    """
-
-    answer: Answer
-    views: tuple[View, ...]
-    streams: tuple[Stream, ...]
-    builder: TextBuilder
-    generator: torch.Generator | None
-    slots: list[list[int]]
-
-
-@dataclass
-class Job:
-    """One request while it is answered.
-
-    given_weights: normalised; None leaves them to `signal`
-    consumers:     for every method the answers that it reads
-    """
-
-    prompt: Prompt
-    plan: Plan
-    given_weights: tuple[float, ...] | None
-    signal: str
-    packed: PackedPrompt
-    weights: SegmentWeights
-    view_logits: dict[Span, Tensor] = field(default_factory=dict)
-    consumers: dict[FusionMethod, tuple[Answer, ...]] = field(default_factory=dict)
-    states: dict[Answer, AnswerState] = field(default_factory=dict)
-
-    @property
-    def num_segments(self) -> int:
-        return len(self.prompt.segment_ids)
-
-    @property
-    def needs_signal(self) -> bool:
-        """Whether weights have to be found: given ones serve all methods but `fused_auto`."""
-        methods = self.plan.methods
-        return needs_weights(methods, Weighting.FOUND) or (
-            self.given_weights is None and needs_weights(methods, Weighting.CHOSEN)
-        )
-
-    @property
-    def live(self) -> list[AnswerState]:
-        return [s for s in self.states.values() if s.builder.finish_reason is None]
-
-    @property
-    def answers(self) -> tuple[Answer, ...]:
-        """Every answer once, whatever the number of methods that read it."""
-        return tuple(dict.fromkeys(a for group in self.consumers.values() for a in group))
-
-    def place_segments(self) -> None:
-        """Ask for every segment copy that the methods, or the search for weights, will read."""
-        for method in self.plan.methods:
-            spec = SPECS[method]
-            indices = [0] if spec.sees is Sees.FIRST else range(self.num_segments)
-            for index in indices:
-                self.packed.segment(spec.encoding or self.plan.positions, index)
-        if self.needs_signal:
-            for index in range(self.num_segments):
-                self.packed.segment(Encoding.ALONE, index)
-
-    def place_signal_views(self) -> None:
-        """Ask for the plain prompts whose next-token distributions are the signal, if any are."""
-        if self.needs_signal and self.signal == "confidence":
-            for index in range(self.num_segments):
-                self.view(single_view(index))
-
-    def set_weights(self, values: Tensor | None) -> None:
-        """Settle all weights; `values` is the signal f32[N], None where it says nothing."""
-        uniform = self.weights.uniform
-        found = uniform
-        if values is not None:
-            found = tuple(torch.softmax(self.plan.fusion.beta * values.double(), 0).tolist())
-        given = self.given_weights
-        self.weights = SegmentWeights(
-            uniform=uniform,
-            chosen=found if given is None else given,
-            found=found,
-            chosen_source=self.signal if given is None else "given",
-            found_source=self.signal,
-        )
-
-    def place_views(self) -> None:
-        """Ask for the views of all answers; the weights must be settled."""
-        fusion = self.plan.fusion
-        self.consumers = {
-            method: make_answers(method, self.weights, self.plan.positions, fusion.balance)
-            for method in self.plan.methods
-        }
-        for answer in self.answers:
-            for request in answer.views:
-                self.view(request)
-
-    def view(self, request: ViewRequest) -> View:
-        return self.packed.view(request.encoding, request.indices, request.biases)
 
 
 def load(
@@ -292,7 +126,8 @@ class Fuser:
         The generator's return value is what `generate` returns. Input is checked at the call,
         not at the first event.
         """
-        job = self._make_job(Request(segments, prefix, suffix, weights), make_plan(**options))
+        request = Request(segments, prefix, suffix, weights)
+        job = make_job(self.model.tokenizer, request, make_plan(**options))
         size = self._size_of([job])
 
         def first_result() -> Generator[StreamEvent, None, Results]:
@@ -312,7 +147,7 @@ class Fuser:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; wanted an integer of at least 1")
         plan = make_plan(**options)
-        jobs = [self._make_job(request, plan) for request in requests]
+        jobs = [make_job(self.model.tokenizer, request, plan) for request in requests]
         groups = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         sizes = [self._size_of(group) for group in groups]
         return [
@@ -344,97 +179,25 @@ class Fuser:
         if FusionMethod.VOTE in names:
             raise UsageError("vote has no probabilities to score by; leave it out of methods")
         parsed = [m for m in parse_methods(names) if m is not FusionMethod.VOTE]
-        targets = self._encode_continuations(continuations)
+        targets = encode_continuations(self.model.tokenizer, continuations)
         plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=max(map(len, targets)))
-        return self._score(
-            self._make_job(Request(segments, prefix, suffix, weights), plan), targets
-        )
+        request = Request(segments, prefix, suffix, weights)
+        return self._score(make_job(self.model.tokenizer, request, plan), targets)
 
-    # Input
-
-    def _make_job(self, request: Request, plan: Plan) -> Job:
-        prompt = self._encode_prompt(request)
-        signal = plan.fusion.signal
-        given = None
-        if isinstance(request.weights, str):
-            signal = FusionConfig(signal=request.weights).signal
-        elif request.weights is not None:
-            given = normalise_weights(request.weights, len(prompt.segment_ids))
-        uniform = (1 / len(prompt.segment_ids),) * len(prompt.segment_ids)
-        return Job(prompt, plan, given, signal, PackedPrompt(prompt), SegmentWeights(uniform))
-
-    def _encode_prompt(self, request: Request) -> Prompt:
-        segments = request.segments
-        if isinstance(segments, str) or not isinstance(segments, Sequence):
-            raise UsageError(f"segments is {type(segments).__name__}; wanted a list of strings")
-        if not segments:
-            raise UsageError("segments is empty; wanted at least one paraphrase")
-        for name, text in (("prefix", request.prefix), ("suffix", request.suffix)):
-            if not isinstance(text, str):
-                raise UsageError(f"{name} is {type(text).__name__}; wanted a string")
-        encode = self.model.tokenizer.encode
-        prefix_ids = (
-            *self.model.tokenizer.bos_ids,
-            *(encode(request.prefix, is_start=True) if request.prefix else ()),
-        )
-        segment_ids = []
-        for number, text in enumerate(segments, 1):
-            if not isinstance(text, str):
-                raise UsageError(f"segment {number} is {type(text).__name__}; wanted a string")
-            token_ids = tuple(encode(text, is_start=not request.prefix)) if text else ()
-            if not token_ids:
-                raise UsageError(f"segment {number} is {text!r}, which is empty; wanted text")
-            segment_ids.append(token_ids)
-        suffix_ids = tuple(encode(request.suffix, is_start=False)) if request.suffix else ()
-        return Prompt(prefix_ids, tuple(segment_ids), suffix_ids)
-
-    def _encode_continuations(self, continuations: Sequence[str]) -> list[tuple[int, ...]]:
-        if isinstance(continuations, str) or not continuations:
-            raise UsageError(
-                f"continuations is {continuations!r}; wanted a list of at least one string"
-            )
-        targets = []
-        for number, text in enumerate(continuations, 1):
-            if not isinstance(text, str) or not text:
-                raise UsageError(f"continuation {number} is {text!r}; wanted text")
-            targets.append(tuple(self.model.tokenizer.encode(text, is_start=False)))
-        return targets
+    # Size
 
     def _size_of(self, jobs: Sequence[Job]) -> Size:
         """What the jobs take together.
 
         raises: UsageError beyond the model's positions or the tables, MinifuseError beyond memory.
         """
-        layouts = [self._dry_run(job).packed for job in jobs]
+        longest = self.model.config.max_position_embeddings
+        layouts = [job.dry_run(longest).packed for job in jobs]
         return self._make_size(
             rows=len(jobs),
             slots=max((layout.num_slots for layout in layouts), default=1),
             labels=max((layout.num_labels for layout in layouts), default=1),
         )
-
-    def _dry_run(self, job: Job) -> Job:
-        """A copy of the job laid out to the end, as large as it can get; nothing is computed."""
-        count = job.num_segments
-        dry = replace(job, packed=PackedPrompt(job.prompt), consumers={}, states={})
-        dry.place_segments()
-        dry.place_signal_views()
-        # Found weights are not known yet. Uneven ones share the fewest views.
-        dry.set_weights(torch.arange(1.0, count + 1).log())
-        dry.place_views()
-        new_tokens = job.plan.generation.max_new_tokens
-        longest = self.model.config.max_position_embeddings
-        for answer in dry.answers:
-            for view in map(dry.view, answer.views):
-                dry.packed.stream(view)
-                dry.packed.take_slots(new_tokens)
-                prompt_end = view.suffix.positions.stop
-                if prompt_end + new_tokens > longest:
-                    raise UsageError(
-                        f"{answer.method} needs {prompt_end + new_tokens} positions: a prompt of "
-                        f"{prompt_end} and {new_tokens} new tokens; the model has {longest}: "
-                        "shorten one or the other"
-                    )
-        return dry
 
     def _make_size(self, *, rows: int, slots: int, labels: int) -> Size:
         if labels > LABEL_COUNTS[-1]:
@@ -647,7 +410,7 @@ class Fuser:
 
     def _step(self, session: Session, jobs: Sequence[Job]) -> list[StreamEvent]:
         """One forward over all live streams; every answer gets its next token."""
-        logits = self.executor.decode(session, [_next_tokens(job) for job in jobs])
+        logits = self.executor.decode(session, [job.next_tokens() for job in jobs])
         events = []
         for job, row_logits in zip(jobs, logits, strict=False):
             start = 0
@@ -673,7 +436,7 @@ class Fuser:
         self, job: Job, method: FusionMethod, state: AnswerState, timings: dict, recompiles: int
     ) -> Generation:
         weighting = SPECS[method].weighting
-        layout = _layout_of(state)
+        layout = state.layout()
         return Generation(
             method=str(method),
             paraphrase_index=state.answer.index if method is FusionMethod.PER_PROMPT else None,
@@ -702,7 +465,7 @@ class Fuser:
         self, job: Job, targets: Sequence[tuple[int, ...]]
     ) -> dict[str, list[float] | list[list[float]]]:
         """Every target behind every view as a stream of its own, as many at once as have labels."""
-        dry = self._dry_run(job)
+        dry = job.dry_run(self.model.config.max_position_embeddings)
         views = len({dry.view(r).suffix for answer in dry.answers for r in answer.views})
         base = dry.packed.num_labels
         spare = next((n for n in LABEL_COUNTS if n >= base + views), LABEL_COUNTS[-1]) - base
@@ -790,19 +553,6 @@ def _tokens_of(spans: Iterable[Span]) -> list[Token]:
     ]
 
 
-def _next_tokens(job: Job) -> list[Token]:
-    """The last token of every live answer, once for each of its streams."""
-    tokens = []
-    for state in job.live:
-        token_ids = state.builder.token_ids
-        slots = job.packed.take_slots(len(state.streams))
-        for stream, slot, used in zip(state.streams, slots, state.slots, strict=True):
-            position = stream.first_position + len(token_ids) - 1
-            tokens.append(Token(token_ids[-1], position, slot, stream.label))
-            used.append(slot)
-    return tokens
-
-
 def _extend(job: Job, state: AnswerState, logits: Tensor) -> list[StreamEvent]:
     """Reduce the streams' logits f32[R, V], pick a token, and tell every method that reads it.
 
@@ -830,46 +580,6 @@ def _extend(job: Job, state: AnswerState, logits: Tensor) -> list[StreamEvent]:
         for method, answers in job.consumers.items()
         if method is not FusionMethod.VOTE and answer in answers
     ]
-
-
-def _layout_of(state: AnswerState) -> tuple[LayoutEntry, ...]:
-    """Prefix, segments and suffixes that an answer sees, then its own tokens, stream by stream."""
-    prompt = [span for view in state.views for span in (view.prefix, *view.segments) if span]
-    several = len(state.views) > 1
-    entries = [
-        LayoutEntry(
-            span.part,
-            span.index,
-            tuple(span.slots),
-            (span.positions.start, span.positions.stop),
-            span.token_ids,
-        )
-        for span in dict.fromkeys(prompt)
-    ]
-    for number, view in enumerate(state.views):
-        span = view.suffix
-        entries.append(
-            LayoutEntry(
-                span.part,
-                number if several else None,
-                tuple(span.slots),
-                (span.positions.start, span.positions.stop),
-                span.token_ids,
-            )
-        )
-    token_ids = tuple(state.builder.token_ids)
-    for number, (stream, slots) in enumerate(zip(state.streams, state.slots, strict=True)):
-        start = stream.first_position
-        entries.append(
-            LayoutEntry(
-                Part.ANSWER,
-                number if several else None,
-                tuple(slots),
-                (start, start + len(token_ids)),
-                token_ids,
-            )
-        )
-    return tuple(entries)
 
 
 def _drain(events: Generator):

@@ -1,0 +1,325 @@
+"""One request on its way: its options, its texts as token ids, what it asks of the layout.
+
+A `Job` says which segments, views and streams the methods of a request need, and in which order
+they become known; it computes nothing. The engine runs it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from minifuse.config import FusionConfig, GenerationConfig
+from minifuse.errors import UsageError
+from minifuse.executor import Token
+from minifuse.layout import Encoding, PackedPrompt, Part, Prompt, Span, Stream, View
+from minifuse.methods import (
+    SPECS,
+    Answer,
+    FusionMethod,
+    Sees,
+    SegmentWeights,
+    ViewRequest,
+    Weighting,
+    make_answers,
+    needs_weights,
+    normalise_weights,
+    parse_methods,
+    single_view,
+)
+from minifuse.results import LayoutEntry, TextBuilder
+from minifuse.tokenizer import Tokenizer
+
+
+class FusionOptions(TypedDict, total=False):
+    """What every call may say about fusion; defaults are those of `FusionConfig`."""
+
+    methods: str | Iterable[str]
+    positions: str
+    beta: float
+    balance: float
+
+
+class Options(FusionOptions, total=False):
+    """What a call that generates may say besides; defaults are those of `GenerationConfig`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: str | Sequence[str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question in several phrasings; texts are taken verbatim.
+
+    weights: one number per segment, or the signal to find them by; None for the default
+    id:      carried along for the caller
+    """
+
+    segments: Sequence[str]
+    prefix: str = ""
+    suffix: str = ""
+    weights: Sequence[float] | str | None = None
+    id: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call asks for, beside its requests."""
+
+    methods: tuple[FusionMethod, ...]
+    fusion: FusionConfig
+    generation: GenerationConfig
+
+    @property
+    def positions(self) -> Encoding:
+        """How fused views find their segments: the setting `restart` reads them in place."""
+        return Encoding.ALIGNED if self.fusion.positions == "aligned" else Encoding.ALONE
+
+
+def make_plan(
+    *,
+    methods: str | Iterable[str] = (FusionMethod.FUSED,),
+    positions: str = FusionConfig.positions,
+    beta: float = FusionConfig.beta,
+    balance: float = FusionConfig.balance,
+    **generation: Unpack[Options],
+) -> Plan:
+    """Check and sort the options of a call.
+
+    raises: UsageError for a bad value, TypeError for an option that does not exist.
+    """
+    return Plan(
+        parse_methods(methods),
+        FusionConfig(positions=positions, beta=beta, balance=balance),
+        GenerationConfig(**generation),
+    )
+
+
+@dataclass
+class AnswerState:
+    """An answer while it is generated.
+
+    slots: per stream, the slots of the answer's tokens that were run through the model
+    """
+
+    answer: Answer
+    views: tuple[View, ...]
+    streams: tuple[Stream, ...]
+    builder: TextBuilder
+    generator: torch.Generator | None
+    slots: list[list[int]]
+
+    @property
+    def is_live(self) -> bool:
+        return self.builder.finish_reason is None
+
+    def layout(self) -> tuple[LayoutEntry, ...]:
+        """Prefix, segments and suffixes that it sees, then its own tokens, stream by stream."""
+        seen = [span for view in self.views for span in (view.prefix, *view.segments) if span]
+        entries = [_entry_of(span, span.index) for span in dict.fromkeys(seen)]
+        several = len(self.views) > 1
+        for number, view in enumerate(self.views):
+            entries.append(_entry_of(view.suffix, number if several else None))
+        token_ids = tuple(self.builder.token_ids)
+        for number, (stream, slots) in enumerate(zip(self.streams, self.slots, strict=True)):
+            start = stream.first_position
+            positions = (start, start + len(token_ids))
+            index = number if several else None
+            entries.append(LayoutEntry(Part.ANSWER, index, tuple(slots), positions, token_ids))
+        return tuple(entries)
+
+
+@dataclass
+class Job:
+    """One request while it is answered.
+
+    given_weights: normalised; None leaves them to `signal`
+    consumers:     for every method the answers that it reads
+    """
+
+    prompt: Prompt
+    plan: Plan
+    given_weights: tuple[float, ...] | None
+    signal: str
+    packed: PackedPrompt
+    weights: SegmentWeights
+    view_logits: dict[Span, Tensor] = field(default_factory=dict)
+    consumers: dict[FusionMethod, tuple[Answer, ...]] = field(default_factory=dict)
+    states: dict[Answer, AnswerState] = field(default_factory=dict)
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.prompt.segment_ids)
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether weights have to be found: given ones serve all methods but `fused_auto`."""
+        methods = self.plan.methods
+        return needs_weights(methods, Weighting.FOUND) or (
+            self.given_weights is None and needs_weights(methods, Weighting.CHOSEN)
+        )
+
+    @property
+    def live(self) -> list[AnswerState]:
+        return [state for state in self.states.values() if state.is_live]
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """Every answer once, whatever the number of methods that read it."""
+        return tuple(dict.fromkeys(a for group in self.consumers.values() for a in group))
+
+    def place_segments(self) -> None:
+        """Ask for every segment copy that the methods, or the search for weights, will read."""
+        for method in self.plan.methods:
+            spec = SPECS[method]
+            indices = [0] if spec.sees is Sees.FIRST else range(self.num_segments)
+            for index in indices:
+                self.packed.segment(spec.encoding or self.plan.positions, index)
+        if self.needs_signal:
+            for index in range(self.num_segments):
+                self.packed.segment(Encoding.ALONE, index)
+
+    def place_signal_views(self) -> None:
+        """Ask for the plain prompts whose next-token distributions are the signal, if any are."""
+        if self.needs_signal and self.signal == "confidence":
+            for index in range(self.num_segments):
+                self.view(single_view(index))
+
+    def set_weights(self, values: Tensor | None) -> None:
+        """Settle all weights; `values` is the signal f32[N], None where it says nothing."""
+        uniform = self.weights.uniform
+        found = uniform
+        if values is not None:
+            found = tuple(torch.softmax(self.plan.fusion.beta * values.double(), 0).tolist())
+        given = self.given_weights
+        self.weights = SegmentWeights(
+            uniform=uniform,
+            chosen=found if given is None else given,
+            found=found,
+            chosen_source=self.signal if given is None else "given",
+            found_source=self.signal,
+        )
+
+    def place_views(self) -> None:
+        """Ask for the views of all answers; the weights must be settled."""
+        fusion = self.plan.fusion
+        self.consumers = {
+            method: make_answers(method, self.weights, self.plan.positions, fusion.balance)
+            for method in self.plan.methods
+        }
+        for answer in self.answers:
+            for request in answer.views:
+                self.view(request)
+
+    def view(self, request: ViewRequest) -> View:
+        return self.packed.view(request.encoding, request.indices, request.biases)
+
+    def next_tokens(self) -> list[Token]:
+        """The last token of every live answer, once for each of its streams; takes their slots."""
+        tokens = []
+        for state in self.live:
+            token_ids = state.builder.token_ids
+            slots = self.packed.take_slots(len(state.streams))
+            for stream, slot, used in zip(state.streams, slots, state.slots, strict=True):
+                position = stream.first_position + len(token_ids) - 1
+                tokens.append(Token(token_ids[-1], position, slot, stream.label))
+                used.append(slot)
+        return tokens
+
+    def dry_run(self, max_positions: int) -> "Job":
+        """A copy laid out to the end, as large as it can get; nothing is computed.
+
+        raises: UsageError where an answer needs more than `max_positions`.
+        """
+        dry = replace(self, packed=PackedPrompt(self.prompt), consumers={}, states={})
+        dry.place_segments()
+        dry.place_signal_views()
+        # Found weights are not known yet. Uneven ones share the fewest views.
+        dry.set_weights(torch.arange(1.0, self.num_segments + 1).log())
+        dry.place_views()
+        new_tokens = self.plan.generation.max_new_tokens
+        for answer in dry.answers:
+            for view in map(dry.view, answer.views):
+                dry.packed.stream(view)
+                dry.packed.take_slots(new_tokens)
+                prompt_end = view.suffix.positions.stop
+                if prompt_end + new_tokens > max_positions:
+                    raise UsageError(
+                        f"{answer.method} needs {prompt_end + new_tokens} positions: a prompt of "
+                        f"{prompt_end} and {new_tokens} new tokens; the model has "
+                        f"{max_positions}: shorten one or the other"
+                    )
+        return dry
+
+
+def make_job(tokenizer: Tokenizer, request: Request, plan: Plan) -> Job:
+    """Check and encode a request.
+
+    raises: UsageError for texts or weights that cannot be run.
+    """
+    prompt = encode_prompt(tokenizer, request)
+    signal = plan.fusion.signal
+    given = None
+    if isinstance(request.weights, str):
+        signal = FusionConfig(signal=request.weights).signal
+    elif request.weights is not None:
+        given = normalise_weights(request.weights, len(prompt.segment_ids))
+    uniform = (1 / len(prompt.segment_ids),) * len(prompt.segment_ids)
+    return Job(prompt, plan, given, signal, PackedPrompt(prompt), SegmentWeights(uniform))
+
+
+def encode_prompt(tokenizer: Tokenizer, request: Request) -> Prompt:
+    """Encode each text by itself; they are joined as token ids, never as text."""
+    segments = request.segments
+    if isinstance(segments, str) or not isinstance(segments, Sequence):
+        raise UsageError(f"segments is {type(segments).__name__}; wanted a list of strings")
+    if not segments:
+        raise UsageError("segments is empty; wanted at least one paraphrase")
+    for name, text in (("prefix", request.prefix), ("suffix", request.suffix)):
+        if not isinstance(text, str):
+            raise UsageError(f"{name} is {type(text).__name__}; wanted a string")
+    encode = tokenizer.encode
+    prefix_ids = (
+        *tokenizer.bos_ids,
+        *(encode(request.prefix, is_start=True) if request.prefix else ()),
+    )
+    segment_ids = []
+    for number, text in enumerate(segments, 1):
+        if not isinstance(text, str):
+            raise UsageError(f"segment {number} is {type(text).__name__}; wanted a string")
+        token_ids = tuple(encode(text, is_start=not request.prefix)) if text else ()
+        if not token_ids:
+            raise UsageError(f"segment {number} is {text!r}, which is empty; wanted text")
+        segment_ids.append(token_ids)
+    suffix_ids = tuple(encode(request.suffix, is_start=False)) if request.suffix else ()
+    return Prompt(prefix_ids, tuple(segment_ids), suffix_ids)
+
+
+def encode_continuations(
+    tokenizer: Tokenizer, continuations: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """Token ids of texts to score.
+
+    raises: UsageError where there is none, or an empty one.
+    """
+    if isinstance(continuations, str) or not continuations:
+        raise UsageError(
+            f"continuations is {continuations!r}; wanted a list of at least one string"
+        )
+    targets = []
+    for number, text in enumerate(continuations, 1):
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"continuation {number} is {text!r}; wanted text")
+        targets.append(tuple(tokenizer.encode(text, is_start=False)))
+    return targets
+
+
+def _entry_of(span: Span, index: int | None) -> LayoutEntry:
+    positions = (span.positions.start, span.positions.stop)
+    return LayoutEntry(span.part, index, tuple(span.slots), positions, span.token_ids)
