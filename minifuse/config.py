@@ -113,7 +113,7 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise ConfigError(f"config.json holds {type(raw).__name__}; wanted a JSON object")
         model_type = raw.get("model_type")
-        if model_type not in _FAMILIES:
+        if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise ConfigError(
                 f"config field model_type is {model_type!r}; minifuse runs "
                 f"{', '.join(_FAMILIES)}: choose a model of one of these families"
@@ -203,10 +203,12 @@ def _refuse_unsupported(raw: dict) -> None:
                 f"wanted {' or '.join(map(repr, neutral))}"
             )
     layer_types = raw.get("layer_types")
-    if layer_types is not None and set(layer_types) - {"full_attention"}:
+    if layer_types is not None and (
+        not isinstance(layer_types, list)
+        or any(layer_type != "full_attention" for layer_type in layer_types)
+    ):
         raise ConfigError(
-            f"config field layer_types holds {sorted(set(layer_types))}; minifuse implements "
-            "full_attention alone"
+            f"config field layer_types is {layer_types!r}; minifuse implements full_attention alone"
         )
     unknown = sorted(set(raw) - _HARMLESS_FIELDS - _READ_FIELDS - set(_NEUTRAL_VALUES))
     if unknown:
@@ -219,10 +221,16 @@ def _refuse_unsupported(raw: dict) -> None:
 
 def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    given = {f: raw[f] for f in ("rope_parameters", "rope_scaling") if raw.get(f)}
+    field, rope = next(iter(given.items()), ("rope_parameters", {}))
     if not isinstance(rope, dict):
         raise ConfigError(f"config field {field} is {rope!r}; wanted an object or null")
+    other = given.get("rope_scaling", rope)
+    if any(key in rope and rope[key] != other[key] for key in other) or set(other) - set(rope):
+        raise ConfigError(
+            f"config fields rope_parameters, {rope!r}, and rope_scaling, {other!r}, contradict "
+            "each other; wanted one of them"
+        )
     theta = _positive_float(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
     if rope.get("partial_rotary_factor") not in _NEUTRAL_VALUES["partial_rotary_factor"]:
         raise ConfigError(
@@ -265,7 +273,7 @@ def _positive_float(raw: dict, field: str, default: float | None = None) -> floa
         value = default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"config field {field} is {value!r}; wanted a positive number")
-    if not math.isfinite(value) or value <= 0:
+    if not is_finite(value) or value <= 0:
         raise ConfigError(f"config field {field} is {value!r}; wanted a positive number")
     return float(value)
 
@@ -335,6 +343,14 @@ class FusionConfig:
         _check_number("balance", self.balance, -math.inf, math.inf)
 
 
+def is_finite(value: int | float) -> bool:
+    """Whether a number is finite as a float; an integer may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
     if not fits or (high is not None and value > high):
@@ -344,7 +360,7 @@ def _check_integer(name: str, value: object, low: int, high: int | None = None) 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not low <= value <= high:
+    if not fits or not is_finite(value) or not low <= value <= high:
         span = "a finite number"
         if math.isfinite(low):
             span += f" of at least {low:g}"

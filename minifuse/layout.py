@@ -5,10 +5,10 @@ positions restart for every segment. Slot 0 and label 0 belong to padding. A lab
 the tables that say who sees whom. With a prefix of two tokens, segments of one and two, a suffix
 of one, and one fused view that finds its segments aligned:
 
-    part       prefix  seg 0  seg 1  seg 0'  suffix
-    slot       1 2     3      4 5    6       7
-    position   0 1     2      2 3    3       4
-    label      1 1     2      3 3    4       5
+    part       prefix  seg 0  seg 0'  seg 1  suffix
+    slot       1 2     3      4       5 6    7
+    position   0 1     2      3       2 3    4
+    label      1 1     2      3       4 4    5
 
 seg 0' is seg 0 moved on by one position, so that both segments end right before the suffix.
 """
@@ -204,7 +204,7 @@ class PackedPrompt:
             return alone
         key = (alone, turn)
         if key not in self._shared:
-            label = self._new_label(self.sees[alone.label])
+            label = self._new_label(self._prefix_rule())
             position = alone.first_position + turn
             target = self._place(Part.SEGMENT, index, label, alone.token_ids, position)
             self.moves.append(Move(alone, target, turn))

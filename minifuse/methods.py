@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from minifuse.config import is_finite
 from minifuse.errors import UsageError
 from minifuse.layout import Encoding
 
@@ -224,7 +225,7 @@ def normalise_weights(weights: Iterable[float], num_segments: int) -> tuple[floa
         )
     for value in values:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < 0:
+        if not is_number or not is_finite(value) or value < 0:
             raise UsageError(f"a weight is {value!r}; wanted finite numbers of at least 0")
     # Scaled by the largest first, so that neither tiny nor huge numbers overflow the sum.
     largest = max(values)

@@ -58,7 +58,9 @@ def filter_probs(logprobs: Tensor, config: GenerationConfig) -> Tensor:
     logprobs: f32[V]
     returns:  f32[V], sums to one; the most likely token always stays
     """
-    ordered, order = torch.sort(logprobs.double() / config.temperature, descending=True)
+    # Relative to the best, so that a tiny temperature leaves it at 0 and not at -inf.
+    ordered, order = torch.sort(logprobs.double() - logprobs.max(), descending=True)
+    ordered = ordered / config.temperature
     if config.top_k:
         ordered[config.top_k :] = -torch.inf
     probs = torch.softmax(ordered, dim=-1)

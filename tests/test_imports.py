@@ -1,0 +1,129 @@
+"""Imports run one way, transformers stays out, and `--help` is quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A module imports those above it alone: the design's list, as far as it is built. The decoder
+# comes after layout and methods, and imports neither all the same.
+ORDER = """
+    errors config cards
+    layout methods
+    rope cache model masks
+    tokenizer checkpoint gguf loader
+    normalize results sampling
+    executor request engine jsonl generate
+""".split()
+DECODER = ("rope", "cache", "model")
+SOURCES = sorted((ROOT / "minifuse").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
+COMMANDS = ("minifuse.generate", "tools.convert_weights")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(path: Path, *, typing_too: bool = False) -> set[str]:
+    """Modules that a file imports anywhere, in functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in for_types and not typing_too:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in (ROOT / "minifuse").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_run_one_way(module):
+    path = ROOT / "minifuse" / f"{module}.py"
+    imported = {name.split(".")[1] for name in imports_of(path) if name.startswith("minifuse.")}
+    later = set(ORDER[ORDER.index(module) :])
+    assert not imported & later
+
+
+@pytest.mark.parametrize("module", DECODER)
+def test_the_decoder_knows_neither_text_nor_methods(module):
+    names = imports_of(ROOT / "minifuse" / f"{module}.py", typing_too=True)
+    assert {name.split(".")[0] for name in names} <= {"math", "typing", "torch", "minifuse"}
+    own = {name.split(".")[1] for name in names if name.startswith("minifuse.")}
+    assert own <= {"config", *DECODER}
+
+
+@pytest.mark.parametrize("module", ["errors", "config", "cards", "layout", "methods", "normalize"])
+def test_plain_data_needs_the_standard_library_alone(module):
+    names = imports_of(ROOT / "minifuse" / f"{module}.py", typing_too=True)
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "minifuse"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_what_no_file_of_the_package_imports(path):
+    imported = {name.split(".")[0] for name in imports_of(path, typing_too=True)}
+    assert not imported & {"transformers", "tests", "benchmarks", "pickle"}
+    # spaCy is for `evaluation/lemmas.py`, which is not there yet.
+    assert "spacy" not in imported
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_the_package_imports_nothing_from_tools(path):
+    if path.parent.name != "tools":
+        assert "tools" not in {name.split(".")[0] for name in imports_of(path)}
+
+
+HELP = """
+import runpy, sys
+sys.argv = [{name!r}, "--help"]
+try:
+    runpy.run_module({name!r}, run_name="__main__")
+except SystemExit as done:
+    assert not done.code, done.code
+heavy = {{"torch", "spacy", "transformers", "tokenizers", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_loads_neither_torch_nor_spacy(name):
+    done = subprocess.run(
+        [sys.executable, "-c", HELP.format(name=name)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, minifuse; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_public_names_are_there():
+    import minifuse
+
+    for name in minifuse.__all__:
+        assert getattr(minifuse, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'weigh'"):
+        minifuse.weigh  # noqa: B018
