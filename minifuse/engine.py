@@ -5,11 +5,12 @@ the views' suffixes, then one forward per token over all live streams. Each is o
 the executor; all that differs between methods is which views and streams are asked for.
 """
 
+import contextlib
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from minifuse.cache import KVCache, cache_bytes, copy_prefix, snapshot_prefix
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Token, round_up
+from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Size, Token, round_up
 from minifuse.layout import Encoding, PackedPrompt, Part, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
 from minifuse.methods import (
@@ -47,15 +48,6 @@ STORED_PREFIXES = 4
 LOGIT_ROWS = 64
 
 Results = dict[str, Generation | list[Generation]]
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a batch takes: cache rows and slots, and labels of the tables."""
-
-    rows: int
-    slots: int
-    labels: int
 
 
 def load(
@@ -208,8 +200,12 @@ class Fuser:
         size = Size(
             round_up(rows, (1,)), round_up(slots, (MIN_SLOTS,)), round_up(labels, LABEL_COUNTS)
         )
+        # A batch borrows one more row for prefixes.
         needed = cache_bytes(
-            self.model.config, rows=size.rows, slots=size.slots, dtype=self.model.dtype
+            self.model.config,
+            rows=size.rows + (size.rows > 1),
+            slots=size.slots,
+            dtype=self.model.dtype,
         )
         free = free_memory(self.executor.device)
         if needed > free:
@@ -244,26 +240,29 @@ class Fuser:
         self._run_views(session, jobs)
 
     def _fill_prefix(self, session: Session, row: int, job: Job) -> None:
+        """Put the prefix into a row of the cache, computed where it is not stored."""
         span = job.packed.prefix()
         if span is None:
             return
         job.packed.take_pending()
-        stored = self._prefix_keys(job.packed, span, session.size)
-        copy_prefix(session.cache, row, stored)
-        session.key_labels[row, span.slots.start : span.slots.stop] = span.label
-
-    def _prefix_keys(self, packed: PackedPrompt, span: Span, size: tuple) -> KVCache:
-        """Keys and values of a prefix, float[1, K, P, D], computed where they are not stored."""
         if span.token_ids not in self._prefixes:
-            _, slots, labels = size
-            with self.executor.session(rows=1, slots=slots, labels=labels) as session:
-                session.set_tables([packed.sees])
-                self.executor.prefill(session, [_tokens_of([span])])
-                self._prefixes[span.token_ids] = snapshot_prefix(session.cache, len(span.slots))
+            self._prefixes[span.token_ids] = self._compute_prefix(session, job.packed, span)
             if len(self._prefixes) > STORED_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(span.token_ids)
-        return self._prefixes[span.token_ids]
+        copy_prefix(session.cache, row, self._prefixes[span.token_ids])
+        session.key_labels[row, span.slots.start : span.slots.stop] = span.label
+
+    def _compute_prefix(self, session: Session, packed: PackedPrompt, span: Span) -> KVCache:
+        """Keys and values of a prefix, float[1, K, P, D]; a batch borrows a row for it."""
+        size = session.size
+        with contextlib.ExitStack() as stack:
+            if size.rows > 1:
+                size = replace(size, rows=1)
+                session = stack.enter_context(self.executor.session(size))
+            session.set_tables([packed.sees])
+            self.executor.prefill(session, [_tokens_of([span])])
+            return snapshot_prefix(session.cache, len(span.slots))
 
     def _run_segments(
         self, session: Session, jobs: Sequence[Job], spans: Sequence[Sequence[Span]]
@@ -351,7 +350,7 @@ class Fuser:
         executor = self.executor
         compile_s, recompiles = executor.compile_s, executor.recompiles
         timings = {"load_s": self.load_s, "compile_s": 0.0, "prefill_ms": 0.0, "decode_ms": []}
-        with executor.session(rows=size.rows, slots=size.slots, labels=size.labels) as session:
+        with executor.session(size) as session:
             clock = _Clock(executor)
             with torch.inference_mode():
                 self._prefill(session, jobs)
@@ -477,7 +476,7 @@ class Fuser:
             labels=base + views * group_size,
         )
         scores: dict[Answer, list[float]] = {}
-        with self.executor.session(rows=size.rows, slots=size.slots, labels=size.labels) as session:
+        with self.executor.session(size) as session:
             self._prefill(session, [job])
             for group in groups:
                 for answer, values in self._score_group(session, job, group).items():

@@ -7,9 +7,10 @@ slots alone, and those are in the cache by then.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ CALL_COST = 40
 MAX_DECODE_CALLS = 4
 # Inductor inlines a norm into the matrix product behind it, and computes it anew for every output
 # row, unless an expression of this many operations gets a buffer of its own (default: 50).
-INDUCTOR_OPTIONS = {"realize_opcount_threshold": 10}
+# The asserts check the shapes of all weights again in every layer of every step.
+CPU_OPTIONS = {"realize_opcount_threshold": 10, "size_asserts": False}
 
 
 class Token(NamedTuple):
@@ -56,6 +58,15 @@ class Inputs(NamedTuple):
     labels: Tensor  # i32[B, T]
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a batch takes, and what its graphs are compiled for, beside the number of tokens."""
+
+    rows: int
+    slots: int
+    labels: int
+
+
 @dataclass
 class Session:
     """The tensors of a batch of requests while they are answered.
@@ -66,21 +77,17 @@ class Session:
     bias:       f32[B, L, L]
     """
 
+    size: Size
     cache: KVCache
     key_labels: Tensor
     visibility: Tensor
     bias: Tensor
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Rows, slots, labels: a graph is compiled for these."""
-        return (*self.key_labels.shape, self.visibility.shape[1])
-
     def set_tables(self, sees: Sequence[dict[int, dict[int, float]]]) -> None:
         """Fill the tables from each row's rules; rows beyond them hold padding."""
-        padding = [{0: {0: 0.0}}] * (self.visibility.shape[0] - len(sees))
+        padding = [{0: {0: 0.0}}] * (self.size.rows - len(sees))
         self.visibility, self.bias = make_tables(
-            [*sees, *padding], self.visibility.shape[1], self.key_labels.device
+            [*sees, *padding], self.size.labels, self.key_labels.device
         )
 
 
@@ -130,10 +137,9 @@ class Executor:
         self._steps = {"prefill": prefill_step, "decode": decode_step}
         if compile:
             self._steps = {
-                kind: torch.compile(step, fullgraph=True, dynamic=False, options=INDUCTOR_OPTIONS)
-                for kind, step in self._steps.items()
+                kind: _compile(step, params.embed.device) for kind, step in self._steps.items()
             }
-        self._compiled: set[tuple] = set()
+        self._compiled: set[tuple[str, int, Size]] = set()
         self._free_caches: list[KVCache] = []
 
     @property
@@ -145,32 +151,35 @@ class Executor:
         return self.params.embed.dtype
 
     @contextmanager
-    def session(self, *, rows: int, slots: int, labels: int) -> Iterator[Session]:
+    def session(self, size: Size) -> Iterator[Session]:
         """Tensors for a batch; the cache goes back to be used again.
 
         Stale keys in it are harmless: nothing sees a slot whose label is 0.
         """
         with torch.inference_mode():
+            visibility, bias = make_tables([{0: {0: 0.0}}] * size.rows, size.labels, self.device)
             session = Session(
-                cache=self._take_cache(rows, slots),
-                key_labels=torch.zeros(rows, slots, dtype=torch.int32, device=self.device),
-                visibility=torch.zeros(rows, labels, labels, dtype=torch.bool, device=self.device),
-                bias=torch.zeros(rows, labels, labels, device=self.device),
+                size=size,
+                cache=self._take_cache(size),
+                key_labels=torch.zeros(
+                    size.rows, size.slots, dtype=torch.int32, device=self.device
+                ),
+                visibility=visibility,
+                bias=bias,
             )
-            session.set_tables([])
         try:
             yield session
         finally:
             # The most recent two sizes are kept: a batch, and the single row of its prefix.
             self._free_caches = [session.cache, *self._free_caches][:2]
 
-    def _take_cache(self, rows: int, slots: int) -> KVCache:
+    def _take_cache(self, size: Size) -> KVCache:
         for i, cache in enumerate(self._free_caches):
-            if cache.keys[0].shape[0] == rows and cache.num_slots == slots:
+            if (cache.keys[0].shape[0], cache.num_slots) == (size.rows, size.slots):
                 return self._free_caches.pop(i)
         self._free_caches.clear()
         return allocate_cache(
-            self.config, rows=rows, slots=slots, dtype=self.dtype, device=self.device
+            self.config, rows=size.rows, slots=size.slots, dtype=self.dtype, device=self.device
         )
 
     def prefill(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
@@ -205,7 +214,7 @@ class Executor:
         """
         length = max(map(len, rows))
         filled = [[*row, *[(0, 0, 0, 0)] * (length - len(row))] for row in rows]
-        filled += [[(0, 0, 0, 0)] * length] * (session.size[0] - len(rows))
+        filled += [[(0, 0, 0, 0)] * length] * (session.size.rows - len(rows))
         source, target, turns, labels = torch.tensor(filled, device=self.device).movedim(-1, 0)
         session.key_labels.scatter_(1, target, labels.int())
         move_keys(session.cache, source, target, turns, self.params.inv_freq)
@@ -225,7 +234,7 @@ class Executor:
     ) -> Tensor:
         padded = sum(sizes)
         filled = [[*row, *[PADDING] * (padded - len(row))] for row in rows]
-        filled += [[PADDING] * padded] * (session.size[0] - len(rows))
+        filled += [[PADDING] * padded] * (session.size.rows - len(rows))
         token_ids, positions, slots, labels = torch.tensor(filled, device=self.device).unbind(-1)
         inputs = Inputs(token_ids, positions, slots, labels.int())
         session.key_labels.scatter_(1, slots, inputs.labels)
@@ -237,7 +246,7 @@ class Executor:
         return torch.cat(outputs, dim=1)
 
     def _run(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
-        key = (kind, inputs.token_ids.shape[1], *session.size)
+        key = (kind, inputs.token_ids.shape[1], session.size)
         if self.is_compiled and key not in self._compiled:
             start = time.perf_counter()
             # The default limit of 8 graphs per function would end in a silent eager fallback.
@@ -265,6 +274,27 @@ class Executor:
             session.visibility,
             session.bias,
         )
+
+
+def _compile(step: Callable, device: torch.device) -> Callable:
+    """Compile a step for one executor, with guards on what differs from call to call alone.
+
+    Params never change, the sizes of a cache are those of `key_labels`, and the library's own
+    functions stay what they are: some 800 guards on these would cost half a millisecond a step.
+    The copy has a code object of its own, because Dynamo keeps graphs with the code: two models
+    must not find each other's.
+    """
+    own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    options = {"guard_filter_fn": _keep_guards}
+    if device.type == "cpu":
+        options |= CPU_OPTIONS
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def _keep_guards(entries: Sequence) -> list[bool]:
+    # Nameless guards are on torch's own state, such as the grad mode.
+    kept = ("inputs", "key_labels", "visibility", "bias", "config")
+    return [not entry.name or entry.name.startswith(kept) for entry in entries]
 
 
 def count_compiled_graphs() -> int:

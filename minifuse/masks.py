@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from minifuse.model import KV_BLOCK, AttentionMask, query_block_tokens
+from minifuse.model import KV_BLOCK, AttentionMask, query_block_rows, query_block_tokens
 
 
 def make_tables(
@@ -58,7 +58,7 @@ def make_decode_mask(
 ) -> AttentionMask:
     """Block lists by reducing the dense mask: cheapest for the few queries of a decode step."""
     B, T = query_labels.shape
-    tokens = query_block_tokens(T)
+    tokens = query_block_tokens(T, query_labels.device.type)
     dense = make_dense_mask(query_labels, query_slots, key_labels, visibility)
     blocks = dense.view(B, T // tokens, tokens, -1, KV_BLOCK)
     visited = blocks.any(dim=4).any(dim=2)
@@ -109,7 +109,7 @@ def make_prefill_mask(
         T * group_size,
         key_labels.shape[1],
         device=query_labels.device,
-        BLOCK_SIZE=(query_block_tokens(T) * group_size, KV_BLOCK),
+        BLOCK_SIZE=(query_block_rows(T, group_size, query_labels.device.type), KV_BLOCK),
     )
     return AttentionMask(
         query_labels,

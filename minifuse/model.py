@@ -93,13 +93,19 @@ def lookup(table: Tensor, *indices: Tensor) -> Tensor:
     return torch.ops.aten.index.Tensor(table, list(indices))
 
 
-def query_block_tokens(num_tokens: int) -> int:
+def query_block_tokens(num_tokens: int, device_type: str = "cpu") -> int:
     """Tokens whose queries share one row of the block lists.
 
     A divisor of the token count: Inductor's CPU code for a compiled `create_block_mask` breaks
-    on a last block that is cut short.
+    on a last block that is cut short. Triton's kernels want at least 128 queries in a block.
     """
-    return min(num_tokens, 32)
+    return min(num_tokens, 32 if device_type == "cpu" else 128)
+
+
+def query_block_rows(num_tokens: int, group_size: int, device_type: str) -> int:
+    """Folded queries in a block; on CUDA a few tokens' block reaches beyond the last of them."""
+    rows = query_block_tokens(num_tokens, device_type) * group_size
+    return rows if device_type == "cpu" else -(-rows // 128) * 128
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -169,7 +175,7 @@ def attend(q_BKTD: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) ->
         mask.partial,
         mask.num_full,
         mask.full,
-        BLOCK_SIZE=(query_block_tokens(T) * G, KV_BLOCK),
+        BLOCK_SIZE=(query_block_rows(T, G, keys.device.type), KV_BLOCK),
         mask_mod=mask_mod,
         seq_lengths=(T * G, keys.shape[2]),
         compute_q_blocks=False,
@@ -274,7 +280,7 @@ def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor
         config, rows=B, slots=num_blocks * KV_BLOCK, dtype=params.embed.dtype, device=device
     )
     places = torch.arange(T, device=device).expand(B, T)
-    rows = -(-T // query_block_tokens(T))
+    rows = -(-T // query_block_tokens(T, device.type))
     count = torch.zeros(B, 1, rows, dtype=torch.int32, device=device)
     blocks = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, rows, -1)
     mask = AttentionMask(

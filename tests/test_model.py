@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minifuse.checkpoint import load_params, read_json
 from minifuse.config import ModelConfig
-from minifuse.executor import DECODE_SIZES, PREFILL_SIZES, Executor, Token
+from minifuse.executor import DECODE_SIZES, PREFILL_SIZES, Executor, Size, Token
 from minifuse.model import (
     Params,
     fold_queries,
@@ -150,7 +150,7 @@ def check_prefill_then_decode(load, variant: str, lengths, steps) -> None:
     def between(row: int, start: int, end: int) -> list[Token]:
         return [Token(int(tokens[row, i]), i, i + 1, 1) for i in range(start, end)]
 
-    with executor.session(rows=2, slots=256, labels=4) as session:
+    with executor.session(Size(rows=2, slots=256, labels=4)) as session:
         session.set_tables([{0: {0: 0.0}, 1: {1: 0.0}}] * 2)
         rows = [between(row, 0, length) for row, length in enumerate(lengths)]
         hidden = executor.prefill(session, rows)
@@ -180,7 +180,7 @@ def test_read_gives_the_logits_asked_for(load):
             [Token(int(tokens[row, i]), i, i + 1, 1) for i in range(length)] for row in range(2)
         ]
         wanted = [(0, length - 1), (1, 3), (1, length - 1)]
-        with executor.session(rows=2, slots=256, labels=2) as session:
+        with executor.session(Size(rows=2, slots=256, labels=2)) as session:
             session.set_tables([{0: {0: 0.0}, 1: {1: 0.0}}] * 2)
             logits = executor.read(session, rows, wanted)
         expected = torch.stack([all_logits[row, i] for row, i in wanted])
@@ -203,7 +203,7 @@ def test_the_bias_of_the_table_is_added_to_the_scores(load):
             for label in range(1, query)
             for position, token in enumerate(prompt)
         ]
-        with executor.session(rows=1, slots=128, labels=8) as session:
+        with executor.session(Size(rows=1, slots=128, labels=8)) as session:
             session.set_tables([sees])
             executor.prefill(session, [rows])
             end = 1 + copies * len(prompt)
