@@ -78,7 +78,7 @@ class Move:
 
 @dataclass(frozen=True)
 class View:
-    """One copy of the suffix, and the segments that it sees."""
+    """One copy of the suffix, and what it sees; segments with a weight of zero are left out."""
 
     suffix: Span
     prefix: Span | None
@@ -119,32 +119,29 @@ class PackedPrompt:
 
     def segment(self, encoding: Encoding, index: int) -> Span:
         """Segment `index` as `encoding` wants it; encoded, moved or shared."""
-        if encoding is Encoding.ALIGNED:
-            return self._aligned_segment(index)
-        start = len(self.prompt.prefix_ids)
-        sees = self._prefix_rule()
-        if encoding is not Encoding.ALONE:
-            start += sum(len(self._segment_ids(encoding, i)) for i in range(index))
-        if encoding is Encoding.CAUSAL:
-            for earlier in range(index):
-                sees[self.segment(encoding, earlier).label] = 0.0
-        token_ids = self._segment_ids(encoding, index)
-        return self._encode(Part.SEGMENT, index, token_ids, start, sees)
+        # Kept by name too: causal segments ask for all earlier ones.
+        if (encoding, index) not in self._shared:
+            make = self._move_segment if encoding is Encoding.ALIGNED else self._encode_segment
+            self._shared[encoding, index] = make(encoding, index)
+        return self._shared[encoding, index]
 
     def view(self, encoding: Encoding, indices: tuple[int, ...], biases: tuple[float, ...]) -> View:
         """The suffix behind some segments; a bias of -inf hides its segment.
 
         raises: UsageError where the suffix is empty and the segments end in different tokens.
         """
-        segments = tuple(self.segment(encoding, i) for i in indices)
-        prefix = self.prefix()
-        sees = self._prefix_rule()
-        for segment, bias in zip(segments, biases, strict=True):
-            if bias > float("-inf"):
-                sees[segment.label] = bias
+        segments = [self.segment(encoding, i) for i in indices]
+        # Hidden segments keep their place: a weight of zero is the limit of a small one.
         start = max(span.positions.stop for span in segments)
+        seen = {
+            segment: bias
+            for segment, bias in zip(segments, biases, strict=True)
+            if bias > float("-inf")
+        }
+        sees = self._prefix_rule() | {segment.label: bias for segment, bias in seen.items()}
         token_ids = self._view_ids(encoding, indices)
-        return View(self._encode(Part.SUFFIX, None, token_ids, start, sees), prefix, segments)
+        suffix = self._encode(Part.SUFFIX, None, token_ids, start, sees)
+        return View(suffix, self.prefix(), tuple(seen))
 
     def stream(self, view: View) -> Stream:
         """A new line of generation behind a view: sees what the view sees, the view, itself."""
@@ -194,7 +191,16 @@ class PackedPrompt:
             )
         return (last.pop(),)
 
-    def _aligned_segment(self, index: int) -> Span:
+    def _encode_segment(self, encoding: Encoding, index: int) -> Span:
+        start = len(self.prompt.prefix_ids)
+        sees = self._prefix_rule()
+        if encoding is not Encoding.ALONE:
+            start += sum(len(self._segment_ids(encoding, i)) for i in range(index))
+        if encoding is Encoding.CAUSAL:
+            sees |= {self.segment(encoding, i).label: 0.0 for i in range(index)}
+        return self._encode(Part.SEGMENT, index, self._segment_ids(encoding, index), start, sees)
+
+    def _move_segment(self, _: Encoding, index: int) -> Span:
         alone = self.segment(Encoding.ALONE, index)
         longest = max(
             len(self._segment_ids(Encoding.ALONE, i)) for i in range(len(self.prompt.segment_ids))
@@ -202,14 +208,11 @@ class PackedPrompt:
         turn = longest - len(alone.token_ids)
         if turn == 0 or not alone.token_ids:
             return alone
-        key = (alone, turn)
-        if key not in self._shared:
-            label = self._new_label(self._prefix_rule())
-            position = alone.first_position + turn
-            target = self._place(Part.SEGMENT, index, label, alone.token_ids, position)
-            self.moves.append(Move(alone, target, turn))
-            self._shared[key] = target
-        return self._shared[key]
+        label = self._new_label(self._prefix_rule())
+        position = alone.first_position + turn
+        target = self._place(Part.SEGMENT, index, label, alone.token_ids, position)
+        self.moves.append(Move(alone, target, turn))
+        return target
 
     def _encode(
         self,

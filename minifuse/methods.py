@@ -6,7 +6,7 @@ the first of `per_prompt`, `weighted_max` that of the heaviest segment, `vote` r
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -180,16 +180,22 @@ def single_view(index: int) -> ViewRequest:
 
 
 def make_answers(
-    method: FusionMethod, weights: SegmentWeights, positions: Encoding, balance: float
+    method: FusionMethod,
+    weights: SegmentWeights,
+    segment_ids: Sequence[tuple[int, ...]],
+    positions: Encoding,
+    balance: float,
 ) -> tuple[Answer, ...]:
     """The answers that a method reads: N for `per_prompt` and `vote`, else one.
 
-    positions: where fused views find their segments
-    balance:   factor on the fused methods' bias log(w)
+    segment_ids: the segments' tokens; they break ties between weights, so that the order of the
+                 segments never matters
+    positions:   where fused views find their segments
+    balance:     factor on the fused methods' bias log(w)
     """
     spec = SPECS[method]
     own = weights.of(spec.weighting)
-    everyone = tuple(range(len(weights.uniform)))
+    everyone = tuple(range(len(segment_ids)))
     if spec.sees is Sees.ALL:
         biases = tuple(_bias(w, balance) for w in own) if own else (0.0,) * len(everyone)
         view = ViewRequest(spec.encoding or positions, everyone, biases)
@@ -201,7 +207,7 @@ def make_answers(
     if spec.sees is Sees.FIRST:
         indices = (0,)
     elif spec.sees is Sees.HEAVIEST:
-        indices = (own.index(max(own)),)
+        indices = (max(everyone, key=lambda i: (own[i], segment_ids[i])),)
     return tuple(
         Answer(FusionMethod.PER_PROMPT, i, (single_view(i),), Reduction.NONE) for i in indices
     )

@@ -210,7 +210,13 @@ class Job:
         """Ask for the views of all answers; the weights must be settled."""
         fusion = self.plan.fusion
         self.consumers = {
-            method: make_answers(method, self.weights, self.plan.positions, fusion.balance)
+            method: make_answers(
+                method,
+                self.weights,
+                self.prompt.segment_ids,
+                self.plan.positions,
+                fusion.balance,
+            )
             for method in self.plan.methods
         }
         for answer in self.answers:

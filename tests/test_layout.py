@@ -140,7 +140,8 @@ def test_who_sees_whom_in_each_encoding():
 def test_a_bias_of_minus_infinity_hides_its_segment():
     packed = make_packed(1, (2, 2), 1)
     view = packed.view(ALONE, (0, 1), (-math.inf, 0.0))
-    hidden, seen = (span.label for span in view.segments)
+    (seen,) = (span.label for span in view.segments)
+    hidden = packed.segment(ALONE, 0).label
     for label in (view.suffix.label, packed.stream(view).label):
         assert hidden not in packed.sees[label]
         assert packed.sees[label][seen] == 0.0

@@ -37,7 +37,8 @@ EVERYONE = (0, 1, 2)
 
 
 def answers_of(method, weights=WEIGHTS, positions=Encoding.ALIGNED, balance=1.0):
-    return make_answers(method, weights, positions, balance)
+    segment_ids = tuple((i,) for i in range(len(weights.uniform)))
+    return make_answers(method, weights, segment_ids, positions, balance)
 
 
 def test_the_closed_list():
@@ -184,13 +185,14 @@ def test_a_single_view_sees_prefix_segment_and_itself(index):
     assert sees[stream] == {prefix: 0.0, segment: 0.0, view: 0.0, stream: 0.0}
 
 
-def test_heaviest_is_by_chosen_weights_and_the_first_of_equals():
+def test_heaviest_is_by_chosen_weights_and_by_tokens_among_equals():
     def heaviest(*chosen):
         (answer,) = answers_of(M.WEIGHTED_MAX, SegmentWeights((1 / 3,) * 3, chosen))
         return answer.index
 
     assert heaviest(0.1, 0.2, 0.7) == 2
-    assert heaviest(0.4, 0.4, 0.2) == 0
+    # The later one has the larger token ids, wherever it stands.
+    assert heaviest(0.4, 0.4, 0.2) == 1
 
 
 BALANCED = (M.FUSED, M.FUSED_WEIGHTED, M.FUSED_AUTO)
@@ -222,10 +224,14 @@ def test_balance_scales_the_bias():
 def test_a_weight_of_zero_hides_its_segment_whatever_the_balance(balance):
     weights = SegmentWeights((1 / 3,) * 3, (0.5, 0.0, 0.5))
     (answer,) = answers_of(M.FUSED_WEIGHTED, weights, balance=balance)
-    sees, _, keys, _ = tables_of(answer.views[0])
-    assert keys[2] not in sees[keys[-1]]
-    assert keys[2] not in sees[keys[-2]]
-    assert {keys[1], keys[3]} < sees[keys[-1]].keys()
+    packed = PackedPrompt(PROMPT)
+    request = answer.views[0]
+    view = packed.view(request.encoding, request.indices, request.biases)
+    first, hidden, last = (packed.segment(request.encoding, i).label for i in range(3))
+    for label in (view.suffix.label, packed.stream(view).label):
+        assert hidden not in packed.sees[label]
+        assert {first, last} < packed.sees[label].keys()
+    assert [segment.label for segment in view.segments] == [first, last]
 
 
 @pytest.mark.parametrize("method", FusionMethod)
