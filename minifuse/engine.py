@@ -266,13 +266,13 @@ class Fuser:
 
     def _run_segments(
         self, session: Session, jobs: Sequence[Job], spans: Sequence[Sequence[Span]]
-    ) -> Tensor | None:
-        """Encode segments; hidden states float[B, n, C], None where there is no token to run."""
+    ) -> Sequence[Tensor | None]:
+        """Encode segments; per job hidden states float[n, C], None where no token is to be run."""
         rows = [_tokens_of(row) for row in spans]
         if not any(rows):
-            return None
+            return [None] * len(jobs)
         session.set_tables([job.packed.sees for job in jobs])
-        return self.executor.prefill(session, rows)
+        return self.executor.prefill(session, rows).unbind()
 
     def _make_moves(self, session: Session, jobs: Sequence[Job]) -> None:
         rows = [
@@ -303,7 +303,7 @@ class Fuser:
 
     # Weights
 
-    def _likelihood(self, job: Job, hidden: Tensor, spans: Sequence[Span]) -> Tensor | None:
+    def _likelihood(self, job: Job, hidden: Tensor | None, spans: Sequence[Span]) -> Tensor | None:
         """Mean log-likelihood of each segment's tokens after its first, f32[N].
 
         None, with a warning, where a segment has one token only: nothing in it is predicted.
