@@ -307,7 +307,8 @@ def test_many_segments_are_laid_out_at_once(fuser):
     segments = [f"Q{n}" for n in range(40)]
     start = time.perf_counter()
     stream = fuser.stream(segments=segments, suffix="A:", methods="concat", max_new_tokens=1)
-    assert time.perf_counter() - start < 2  # 2 ms measured; doubling would take hours
+    # Forty doublings would never end; what is left is far below a second.
+    assert time.perf_counter() - start < 2
     stream.close()
 
 
