@@ -280,9 +280,9 @@ def _compile(step: Callable, device: torch.device) -> Callable:
     """Compile a step for one executor, with guards on what differs from call to call alone.
 
     Params never change, the sizes of a cache are those of `key_labels`, and the library's own
-    functions stay what they are: hundreds of guards on these would cost up to half a millisecond a step.
-    The copy has a code object of its own, because Dynamo keeps graphs with the code: two models
-    must not find each other's.
+    functions stay what they are: hundreds of guards on these would cost up to half a millisecond
+    a step. The copy has a code object of its own, because Dynamo keeps graphs with the code: two
+    models must not find each other's.
     """
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     options = {"guard_filter_fn": _keep_guards}
