@@ -65,6 +65,7 @@ def move_keys(cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv
 
     source, target: i64[B, M]  slots; slot 0 for entries that pad a row
     turns:          i64[B, M]  positions to move by
+    inv_freq:       f32[B, D/2]
     """
     cos, sin = make_cos_sin(inv_freq, turns)
     for keys, values in zip(cache.keys, cache.values, strict=True):

@@ -20,7 +20,6 @@ from torch import Tensor
 from minifuse.config import DTYPE_NAMES, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError
 from minifuse.model import LayerParams, Params
-from minifuse.rope import make_inv_freq
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 SINGLE_FILE = "model.safetensors"
@@ -127,8 +126,7 @@ def allocate_params(
     )
     final_norm = allocate("", [(_FINAL_NORM, (config.hidden_size,))])
     lm_head = embed if config.tie_word_embeddings else allocate("", [(_LM_HEAD, vocab)])
-    inv_freq = make_inv_freq(config).to(device)
-    return Params(embed, layers, final_norm, lm_head, inv_freq), places
+    return Params(embed, layers, final_norm, lm_head), places
 
 
 def params_from_tensors(

@@ -6,6 +6,7 @@ implemented, or refused by name; a field nobody here knows is reported as a warn
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minifuse.errors import ConfigError, UsageError
@@ -19,18 +20,19 @@ _HARMLESS_FIELDS = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
     chunk_size_feed_forward dtype eos_token_id id2label initializer_range is_llama_config label2id
-    layer_types max_window_layers model_type name_or_path output_attentions output_hidden_states
-    pad_token_id problem_type return_dict torch_dtype transformers.js_config transformers_version
-    unk_token_id unsloth_fixed unsloth_version use_cache
+    max_length name_or_path output_attentions output_hidden_states pad_token_id problem_type
+    return_dict tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id
+    unsloth_fixed unsloth_version use_cache
     """.split()
 )
 
 # Fields that `from_hf` reads.
 _READ_FIELDS = frozenset(
     """
-    attention_bias head_dim hidden_size intermediate_size max_position_embeddings mlp_bias
-    num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters
-    rope_scaling rope_theta sliding_window tie_word_embeddings vocab_size
+    attention_bias head_dim hidden_size intermediate_size layer_types max_position_embeddings
+    max_window_layers mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
+    rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings
+    use_sliding_window vocab_size
     """.split()
 )
 
@@ -41,7 +43,7 @@ _NEUTRAL_VALUES = {
     "is_decoder": (True, False),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
-    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, None),
     "rotary_pct": (1, None),
@@ -64,13 +66,48 @@ _NEUTRAL_VALUES = {
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency-dependent stretch of RoPE (`rope_type: llama3`)."""
+class LinearScaling:
+    """Every frequency divided by the factor: position interpolation (arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """A base that grows with the request beyond the original context ("dynamic NTK")."""
+
+    factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Slow frequencies divided by the factor, fast ones kept, scores scaled (arXiv:2309.00071).
+
+    beta_fast, beta_slow: turns over the original context that tell fast from slow
+    truncate:             the ramp between them starts and ends at whole pairs of dimensions
+    attention_factor:     what rotated queries and keys are multiplied by
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Slow frequencies divided by the factor, fast ones kept, a blend between them (Llama 3.1)."""
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+RopeScaling = LinearScaling | DynamicScaling | YarnScaling | Llama3Scaling
 
 
 @dataclass(frozen=True)
@@ -79,6 +116,7 @@ class ModelConfig:
 
     `attention_bias` is the bias of q, k and v; `attention_out_bias` that of the output projection
     (Llama has both or none, Qwen2 the first alone). `qk_norm` is Qwen3's RMS norm of each head.
+    In `sliding_layers` a token sees the last `sliding_window` positions alone, its own included.
     """
 
     model_type: str
@@ -98,11 +136,46 @@ class ModelConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
 
     @property
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by; YaRN scales queries and keys, so scores by the square."""
+        scaling = self.rope_scaling
+        factor = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+        return factor**2 / math.sqrt(self.head_dim)
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model was made for.
+
+        `max_position_embeddings` stays that of the unscaled model for linear and dynamic scaling,
+        and often for YaRN (the convention of vLLM's `_get_and_verify_max_len`).
+        """
+        longest, scaling = self.max_position_embeddings, self.rope_scaling
+        if isinstance(scaling, LinearScaling | DynamicScaling):
+            return int(longest * scaling.factor)
+        if isinstance(scaling, YarnScaling):
+            return max(longest, int(scaling.original_max_position_embeddings * scaling.factor))
+        return longest
+
+    def rope_length(self, num_positions: int) -> int | None:
+        """What the RoPE frequencies of a request depend on: its length, where scaling is dynamic.
+
+        None where they are those of a short one.
+        """
+        scaling = self.rope_scaling
+        is_stretched = (
+            isinstance(scaling, DynamicScaling)
+            and num_positions > scaling.original_max_position_embeddings
+        )
+        return num_positions if is_stretched else None
 
     @staticmethod
     def from_hf(raw: dict) -> "ModelConfig":
@@ -114,8 +187,12 @@ class ModelConfig:
             raise ConfigError(f"config.json holds {type(raw).__name__}; wanted a JSON object")
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
+            is_moe = isinstance(model_type, str) and (
+                "moe" in model_type or model_type == "mixtral"
+            )
+            kind = ", a mixture of experts" if is_moe else ""
             raise ConfigError(
-                f"config field model_type is {model_type!r}; minifuse runs "
+                f"config field model_type is {model_type!r}{kind}; minifuse runs "
                 f"{', '.join(_FAMILIES)}: choose a model of one of these families"
             )
         _refuse_unsupported(raw)
@@ -138,20 +215,23 @@ class ModelConfig:
             )
         if head_dim % 2:
             raise ConfigError(f"config field head_dim is {head_dim}; RoPE wants an even number")
-        rope_theta, rope_scaling = _read_rope(raw)
+        max_position_embeddings = _positive_int(
+            raw, "max_position_embeddings", family["max_position_embeddings"]
+        )
+        rope_theta, rope_scaling = _read_rope(raw, max_position_embeddings)
+        num_layers = _positive_int(raw, "num_hidden_layers")
+        sliding_window, sliding_layers = _read_window(raw, family, num_layers)
         attention_bias = _boolean(raw, "attention_bias") or family["attention_bias"]
         return ModelConfig(
             model_type=model_type,
             hidden_size=hidden_size,
             intermediate_size=_positive_int(raw, "intermediate_size"),
-            num_hidden_layers=_positive_int(raw, "num_hidden_layers"),
+            num_hidden_layers=num_layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=_positive_int(raw, "vocab_size"),
-            max_position_embeddings=_positive_int(
-                raw, "max_position_embeddings", family["max_position_embeddings"]
-            ),
+            max_position_embeddings=max_position_embeddings,
             rms_norm_eps=_positive_float(raw, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -160,6 +240,8 @@ class ModelConfig:
             attention_out_bias=attention_bias and family["attention_out_bias"],
             mlp_bias=_boolean(raw, "mlp_bias") and family["mlp_bias"],
             qk_norm=family["qk_norm"],
+            sliding_window=sliding_window,
+            sliding_layers=sliding_layers,
         )
 
 
@@ -173,6 +255,17 @@ _FAMILIES = {
         "head_dim": None,
         "num_key_value_heads": None,
         "max_position_embeddings": 2048,
+        "sliding": None,
+    },
+    "mistral": {
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "head_dim": None,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding": "all",
     },
     "qwen2": {
         "attention_bias": True,
@@ -182,6 +275,7 @@ _FAMILIES = {
         "head_dim": None,
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
+        "sliding": "late",
     },
     "qwen3": {
         "attention_bias": False,
@@ -191,6 +285,7 @@ _FAMILIES = {
         "head_dim": 128,
         "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
+        "sliding": "late",
     },
 }
 
@@ -202,14 +297,6 @@ def _refuse_unsupported(raw: dict) -> None:
                 f"config field {field} is {raw[field]!r}, which minifuse does not implement; "
                 f"wanted {' or '.join(map(repr, neutral))}"
             )
-    layer_types = raw.get("layer_types")
-    if layer_types is not None and (
-        not isinstance(layer_types, list)
-        or any(layer_type != "full_attention" for layer_type in layer_types)
-    ):
-        raise ConfigError(
-            f"config field layer_types is {layer_types!r}; minifuse implements full_attention alone"
-        )
     unknown = sorted(set(raw) - _HARMLESS_FIELDS - _READ_FIELDS - set(_NEUTRAL_VALUES))
     if unknown:
         warnings.warn(
@@ -219,7 +306,51 @@ def _refuse_unsupported(raw: dict) -> None:
         )
 
 
-def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
+def _read_window(raw: dict, family: dict, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """The sliding window and the layers that have it, by the rules of the hub's config classes.
+
+    Mistral slides in every layer unless `sliding_window` is null; Qwen, where `use_sliding_window`
+    says so, from layer `max_window_layers` on, or where `layer_types` says so; Llama never.
+    """
+    rule = family["sliding"]
+    is_used = rule == "all" or _boolean(raw, "use_sliding_window")
+    if rule is None and is_used:
+        raise ConfigError(
+            f"config field use_sliding_window is true, which {raw['model_type']} models do not have"
+        )
+    is_off = not is_used or ("sliding_window" in raw and raw["sliding_window"] is None)
+    window = None if is_off else _positive_int(raw, "sliding_window", 4096)
+    first = 0
+    if rule == "late":
+        first = 28 if raw.get("max_window_layers") is None else raw["max_window_layers"]
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ConfigError(
+                f"config field max_window_layers is {first!r}; wanted an integer of at least 0"
+            )
+    layers = () if window is None else tuple(range(first, num_layers))
+    layer_types = raw.get("layer_types")
+    if layer_types is not None:
+        kinds = ("full_attention", "sliding_attention")
+        if (
+            not isinstance(layer_types, list)
+            or any(kind not in kinds for kind in layer_types)
+            or len(layer_types) != num_layers
+        ):
+            raise ConfigError(
+                f"config field layer_types is {layer_types!r}; wanted {' or '.join(kinds)} for "
+                f"each of {num_layers} layers"
+            )
+        named = tuple(i for i, kind in enumerate(layer_types) if kind == "sliding_attention")
+        if named != layers and (rule != "late" or window is None):
+            raise ConfigError(
+                f"config field layer_types is {layer_types!r}, but by its other fields the model "
+                f"slides in {len(layers)} of {num_layers} layers; wanted fields that agree"
+            )
+        layers = named
+    return (window, layers) if layers else (None, ())
+
+
+def _read_rope(raw: dict, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
     given = {f: raw[f] for f in ("rope_parameters", "rope_scaling") if raw.get(f)}
     field, rope = next(iter(given.items()), ("rope_parameters", {}))
@@ -232,19 +363,66 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
             "each other; wanted one of them"
         )
     theta = _positive_float(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_READERS:
+        raise ConfigError(
+            f"config field {field}.rope_type is {kind!r}; minifuse implements "
+            f"{', '.join(_ROPE_READERS)}"
+        )
     if rope.get("partial_rotary_factor") not in _NEUTRAL_VALUES["partial_rotary_factor"]:
         raise ConfigError(
             f"config field {field}.partial_rotary_factor is {rope['partial_rotary_factor']!r}; "
             "minifuse rotates whole heads alone"
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    return theta, _ROPE_READERS[kind](rope, field, max_position_embeddings)
+
+
+def _read_default(rope: dict, field: str, longest: int) -> None:
+    return None
+
+
+def _read_linear(rope: dict, field: str, longest: int) -> LinearScaling:
+    return LinearScaling(_positive_float(rope, "factor"))
+
+
+def _read_dynamic(rope: dict, field: str, longest: int) -> DynamicScaling:
+    # Transformers stretches from `max_position_embeddings` on, whatever else is said.
+    return DynamicScaling(_positive_float(rope, "factor"), longest)
+
+
+def _read_yarn(rope: dict, field: str, longest: int) -> YarnScaling:
+    original = _positive_int(rope, "original_max_position_embeddings", longest)
+    factor = _positive_float(rope, "factor", longest / original)
+    if rope.get("attention_factor") is not None:
+        attention_factor = _positive_float(rope, "attention_factor")
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale, all_dim = (_positive_float(rope, f) for f in ("mscale", "mscale_all_dim"))
+        attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, all_dim)
+    else:
+        attention_factor = _yarn_mscale(factor, 1.0)
+    scaling = YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=attention_factor,
+        beta_fast=_positive_float(rope, "beta_fast", YarnScaling.beta_fast),
+        beta_slow=_positive_float(rope, "beta_slow", YarnScaling.beta_slow),
+        truncate=_boolean(rope, "truncate", YarnScaling.truncate),
+    )
+    if scaling.beta_fast < scaling.beta_slow:
         raise ConfigError(
-            f"config field {field}.rope_type is {kind!r}; minifuse implements default and llama3"
+            f"config field {field}.beta_fast is {scaling.beta_fast}; wanted at least beta_slow, "
+            f"{scaling.beta_slow}"
         )
-    scaling = RopeScaling(
+    return scaling
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    """Section 3.4 of arXiv:2309.00071."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _read_llama3(rope: dict, field: str, longest: int) -> Llama3Scaling:
+    scaling = Llama3Scaling(
         factor=_positive_float(rope, "factor"),
         low_freq_factor=_positive_float(rope, "low_freq_factor"),
         high_freq_factor=_positive_float(rope, "high_freq_factor"),
@@ -255,7 +433,16 @@ def _read_rope(raw: dict) -> tuple[float, RopeScaling | None]:
             f"config field {field}.high_freq_factor is {scaling.high_freq_factor}; wanted more "
             f"than low_freq_factor, {scaling.low_freq_factor}"
         )
-    return theta, scaling
+    return scaling
+
+
+_ROPE_READERS: dict[str, Callable[[dict, str, int], RopeScaling | None]] = {
+    "default": _read_default,
+    "linear": _read_linear,
+    "dynamic": _read_dynamic,
+    "yarn": _read_yarn,
+    "llama3": _read_llama3,
+}
 
 
 def _positive_int(raw: dict, field: str, default: int | None = None) -> int:
@@ -278,11 +465,11 @@ def _positive_float(raw: dict, field: str, default: float | None = None) -> floa
     return float(value)
 
 
-def _boolean(raw: dict, field: str) -> bool:
-    value = raw.get(field, False)
+def _boolean(raw: dict, field: str, default: bool = False) -> bool:
+    value = raw.get(field)
     if value not in (True, False, None):
         raise ConfigError(f"config field {field} is {value!r}; wanted true or false")
-    return bool(value)
+    return default if value is None else bool(value)
 
 
 @dataclass(frozen=True)

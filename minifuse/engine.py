@@ -20,7 +20,7 @@ from torch import Tensor
 from minifuse.cache import KVCache, cache_bytes, copy_prefix, snapshot_prefix
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Size, Token, round_up
-from minifuse.layout import Encoding, PackedPrompt, Part, Span
+from minifuse.layout import Encoding, Part, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
 from minifuse.methods import (
     SPECS,
@@ -35,6 +35,7 @@ from minifuse.request import (
     FusionOptions,
     Job,
     Options,
+    Plan,
     Request,
     encode_continuations,
     make_job,
@@ -80,7 +81,7 @@ class Fuser:
         self.model = model
         self.load_s = load_s
         self.executor = Executor(model.config, model.params, compile=compile)
-        self._prefixes: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
+        self._prefixes: OrderedDict[tuple[tuple[int, ...], int | None], KVCache] = OrderedDict()
 
     def generate(
         self,
@@ -119,7 +120,7 @@ class Fuser:
         not at the first event.
         """
         request = Request(segments, prefix, suffix, weights)
-        job = make_job(self.model.tokenizer, request, make_plan(**options))
+        job = self._make_job(request, make_plan(**options))
         size = self._size_of([job])
 
         def first_result() -> Generator[StreamEvent, None, Results]:
@@ -139,7 +140,7 @@ class Fuser:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; wanted an integer of at least 1")
         plan = make_plan(**options)
-        jobs = [make_job(self.model.tokenizer, request, plan) for request in requests]
+        jobs = [self._make_job(request, plan) for request in requests]
         groups = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
         sizes = [self._size_of(group) for group in groups]
         return [
@@ -174,22 +175,37 @@ class Fuser:
         targets = encode_continuations(self.model.tokenizer, continuations)
         plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=max(map(len, targets)))
         request = Request(segments, prefix, suffix, weights)
-        return self._score(make_job(self.model.tokenizer, request, plan), targets)
+        return self._score(self._make_job(request, plan), targets)
 
     # Size
+
+    def _make_job(self, request: Request, plan: Plan) -> Job:
+        """Check, encode and measure a request.
+
+        raises: UsageError for what cannot be run, or needs more positions than the model has.
+        """
+        job = make_job(self.model.tokenizer, request, plan)
+        job.measure(self.model.config.context_length)
+        return job
 
     def _size_of(self, jobs: Sequence[Job]) -> Size:
         """What the jobs take together.
 
-        raises: UsageError beyond the model's positions or the tables, MinifuseError beyond memory.
+        raises: UsageError beyond the tables, MinifuseError beyond memory.
         """
-        longest = self.model.config.max_position_embeddings
-        layouts = [job.dry_run(longest).packed for job in jobs]
         return self._make_size(
             rows=len(jobs),
-            slots=max((layout.num_slots for layout in layouts), default=1),
-            labels=max((layout.num_labels for layout in layouts), default=1),
+            slots=max((job.extent.slots for job in jobs), default=1),
+            labels=max((job.extent.labels for job in jobs), default=1),
         )
+
+    def _rope_length(self, job: Job) -> int | None:
+        return self.model.config.rope_length(job.extent.positions)
+
+    def _session(
+        self, jobs: Sequence[Job], size: Size
+    ) -> contextlib.AbstractContextManager[Session]:
+        return self.executor.session(size, [self._rope_length(job) for job in jobs])
 
     def _make_size(self, *, rows: int, slots: int, labels: int) -> Size:
         if labels > LABEL_COUNTS[-1]:
@@ -245,22 +261,23 @@ class Fuser:
         if span is None:
             return
         job.packed.take_pending()
-        if span.token_ids not in self._prefixes:
-            self._prefixes[span.token_ids] = self._compute_prefix(session, job.packed, span)
+        # Dynamic RoPE turns the same tokens by other angles in a longer request.
+        key = (span.token_ids, self._rope_length(job))
+        if key not in self._prefixes:
+            self._prefixes[key] = self._compute_prefix(session, job, span)
             if len(self._prefixes) > STORED_PREFIXES:
                 self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(span.token_ids)
-        copy_prefix(session.cache, row, self._prefixes[span.token_ids])
-        session.key_labels[row, span.slots.start : span.slots.stop] = span.label
+        self._prefixes.move_to_end(key)
+        copy_prefix(session.cache, row, self._prefixes[key])
+        session.place_keys(row, span.slots, span.label, span.first_position)
 
-    def _compute_prefix(self, session: Session, packed: PackedPrompt, span: Span) -> KVCache:
+    def _compute_prefix(self, session: Session, job: Job, span: Span) -> KVCache:
         """Keys and values of a prefix, float[1, K, P, D]; a batch borrows a row for it."""
         size = session.size
         with contextlib.ExitStack() as stack:
             if size.rows > 1:
-                size = replace(size, rows=1)
-                session = stack.enter_context(self.executor.session(size))
-            session.set_tables([packed.sees])
+                session = stack.enter_context(self._session([job], replace(size, rows=1)))
+            session.set_tables([job.packed.sees])
             self.executor.prefill(session, [_tokens_of([span])])
             return snapshot_prefix(session.cache, len(span.slots))
 
@@ -350,7 +367,7 @@ class Fuser:
         executor = self.executor
         compile_s, recompiles = executor.compile_s, executor.recompiles
         timings = {"load_s": self.load_s, "compile_s": 0.0, "prefill_ms": 0.0, "decode_ms": []}
-        with executor.session(size) as session:
+        with self._session(jobs, size) as session:
             clock = _Clock(executor)
             with torch.inference_mode():
                 self._prefill(session, jobs)
@@ -464,19 +481,17 @@ class Fuser:
         self, job: Job, targets: Sequence[tuple[int, ...]]
     ) -> dict[str, list[float] | list[list[float]]]:
         """Every target behind every view as a stream of its own, as many at once as have labels."""
-        dry = job.dry_run(self.model.config.max_position_embeddings)
-        views = len({dry.view(r).suffix for answer in dry.answers for r in answer.views})
-        base = dry.packed.num_labels
+        views, base = job.extent.views, job.extent.labels
         spare = next((n for n in LABEL_COUNTS if n >= base + views), LABEL_COUNTS[-1]) - base
         group_size = min(len(targets), max(1, spare // views))
         groups = [targets[i : i + group_size] for i in range(0, len(targets), group_size)]
         size = self._make_size(
             rows=1,
-            slots=dry.packed.num_slots + views * max(sum(map(len, group)) for group in groups),
+            slots=job.extent.slots + views * max(sum(map(len, group)) for group in groups),
             labels=base + views * group_size,
         )
         scores: dict[Answer, list[float]] = {}
-        with self.executor.session(size) as session:
+        with self._session([job], size) as session:
             self._prefill(session, [job])
             for group in groups:
                 for answer, values in self._score_group(session, job, group).items():
@@ -493,7 +508,7 @@ class Fuser:
     ) -> dict[Answer, list[float]]:
         # Each group starts from the same layout: slots and labels of the last one are free again.
         packed = replace(job.packed, sees=dict(job.packed.sees))
-        session.key_labels[:, packed.num_slots :] = 0
+        session.forget_keys(packed.num_slots)
         views = list(dict.fromkeys(job.view(r) for a in job.answers for r in a.views))
         tokens = []
         for target in targets:

@@ -19,7 +19,16 @@ from torch import Tensor
 from minifuse.cache import KVCache, allocate_cache, move_keys
 from minifuse.config import ModelConfig
 from minifuse.masks import make_decode_mask, make_prefill_mask, make_tables
-from minifuse.model import Params, forward, unembed
+from minifuse.model import (
+    AttentionMask,
+    AttentionRule,
+    LayerMasks,
+    Params,
+    add_window,
+    forward,
+    unembed,
+)
+from minifuse.rope import make_inv_freq
 
 PREFILL_SIZES = (128, 512)
 DECODE_SIZES = (1, 8, 32)
@@ -67,58 +76,80 @@ class Size:
     labels: int
 
 
+class Context(NamedTuple):
+    """What the tokens of a call find: where keys lie, how they turn, and who sees them."""
+
+    key_labels: Tensor  # i32[B, S], 0 where nothing is written
+    key_positions: Tensor  # i32[B, S]
+    inv_freq: Tensor  # f32[B, D/2]
+    visibility: Tensor  # bool[B, L, L]
+    bias: Tensor  # f32[B, L, L]
+
+
 @dataclass
 class Session:
-    """The tensors of a batch of requests while they are answered.
-
-    cache:      float[B, K, S, D] per layer
-    key_labels: i32[B, S], 0 where nothing is written
-    visibility: bool[B, L, L]
-    bias:       f32[B, L, L]
-    """
+    """The cache and the context of a batch of requests while they are answered."""
 
     size: Size
     cache: KVCache
-    key_labels: Tensor
-    visibility: Tensor
-    bias: Tensor
+    context: Context
 
     def set_tables(self, sees: Sequence[dict[int, dict[int, float]]]) -> None:
         """Fill the tables from each row's rules; rows beyond them hold padding."""
         padding = [{0: {0: 0.0}}] * (self.size.rows - len(sees))
-        self.visibility, self.bias = make_tables(
-            [*sees, *padding], self.size.labels, self.key_labels.device
+        visibility, bias = make_tables(
+            [*sees, *padding], self.size.labels, self.context.bias.device
         )
+        self.context = self.context._replace(visibility=visibility, bias=bias)
+
+    def place_keys(self, row: int, slots: range, label: int, first_position: int) -> None:
+        """Say what lies in consecutive slots of a row: one label, consecutive positions."""
+        where = slice(slots.start, slots.stop)
+        self.context.key_labels[row, where] = label
+        positions = torch.arange(first_position, first_position + len(slots))
+        self.context.key_positions[row, where] = positions.to(self.context.key_positions)
+
+    def forget_keys(self, first_slot: int) -> None:
+        """Hide all keys from a slot on."""
+        self.context.key_labels[:, first_slot:] = 0
 
 
 def prefill_step(
-    params: Params,
-    config: ModelConfig,
-    inputs: Inputs,
-    cache: KVCache,
-    key_labels: Tensor,
-    visibility: Tensor,
-    bias: Tensor,
+    params: Params, config: ModelConfig, inputs: Inputs, cache: KVCache, context: Context
 ) -> Tensor:
     """Hidden states float[B, T, C] of many tokens; `cache` is changed in place."""
-    tokens, positions, slots, labels = inputs
-    mask = make_prefill_mask(labels, slots.int(), key_labels, visibility, bias, config.group_size)
-    return forward(params, config, tokens, positions, slots, cache, mask)
+
+    def make_mask(rule: AttentionRule) -> AttentionMask:
+        return make_prefill_mask(rule, config.group_size)
+
+    return _forward(params, config, inputs, cache, context, make_mask)
 
 
 def decode_step(
+    params: Params, config: ModelConfig, inputs: Inputs, cache: KVCache, context: Context
+) -> Tensor:
+    """Logits f32[B, T, V] of a few tokens; `cache` is changed in place."""
+    return unembed(params, _forward(params, config, inputs, cache, context, make_decode_mask))
+
+
+def _forward(
     params: Params,
     config: ModelConfig,
     inputs: Inputs,
     cache: KVCache,
-    key_labels: Tensor,
-    visibility: Tensor,
-    bias: Tensor,
+    context: Context,
+    make_mask: Callable[[AttentionRule], AttentionMask],
 ) -> Tensor:
-    """Logits f32[B, T, V] of a few tokens; arguments as in `prefill_step`."""
     tokens, positions, slots, labels = inputs
-    mask = make_decode_mask(labels, slots.int(), key_labels, visibility, bias)
-    return unembed(params, forward(params, config, tokens, positions, slots, cache, mask))
+    key_labels, key_positions, inv_freq, visibility, bias = context
+    rule = AttentionRule(labels, slots.int(), key_labels, visibility, bias)
+    full = sliding = None
+    if len(config.sliding_layers) < config.num_hidden_layers:
+        full = make_mask(rule)
+    if config.sliding_layers:
+        sliding = make_mask(add_window(rule, positions, key_positions, config.sliding_window))
+    masks = LayerMasks(full, sliding)
+    return forward(params, config, tokens, positions, slots, inv_freq, cache, masks)
 
 
 class Executor:
@@ -151,22 +182,26 @@ class Executor:
         return self.params.embed.dtype
 
     @contextmanager
-    def session(self, size: Size) -> Iterator[Session]:
+    def session(self, size: Size, rope_lengths: Sequence[int | None] = ()) -> Iterator[Session]:
         """Tensors for a batch; the cache goes back to be used again.
 
         Stale keys in it are harmless: nothing sees a slot whose label is 0.
+
+        rope_lengths: `config.rope_length` of each row's request; None for the rows beyond them
         """
         with torch.inference_mode():
             visibility, bias = make_tables([{0: {0: 0.0}}] * size.rows, size.labels, self.device)
-            session = Session(
-                size=size,
-                cache=self._take_cache(size),
-                key_labels=torch.zeros(
-                    size.rows, size.slots, dtype=torch.int32, device=self.device
-                ),
+            lengths = [*rope_lengths, *[None] * (size.rows - len(rope_lengths))]
+            inv_freq = torch.stack([make_inv_freq(self.config, length) for length in lengths])
+            shape = (size.rows, size.slots)
+            context = Context(
+                key_labels=torch.zeros(shape, dtype=torch.int32, device=self.device),
+                key_positions=torch.zeros(shape, dtype=torch.int32, device=self.device),
+                inv_freq=inv_freq.to(self.device),
                 visibility=visibility,
                 bias=bias,
             )
+            session = Session(size, self._take_cache(size), context)
         try:
             yield session
         finally:
@@ -216,8 +251,11 @@ class Executor:
         filled = [[*row, *[(0, 0, 0, 0)] * (length - len(row))] for row in rows]
         filled += [[(0, 0, 0, 0)] * length] * (session.size.rows - len(rows))
         source, target, turns, labels = torch.tensor(filled, device=self.device).movedim(-1, 0)
-        session.key_labels.scatter_(1, target, labels.int())
-        move_keys(session.cache, source, target, turns, self.params.inv_freq)
+        key_labels, key_positions, inv_freq, *_ = session.context
+        key_labels.scatter_(1, target, labels.int())
+        moved = key_positions.gather(1, source) + turns.int()
+        key_positions.scatter_(1, target, moved)
+        move_keys(session.cache, source, target, turns, inv_freq)
 
     @torch.inference_mode()
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -237,7 +275,8 @@ class Executor:
         filled += [[PADDING] * padded] * (session.size.rows - len(rows))
         token_ids, positions, slots, labels = torch.tensor(filled, device=self.device).unbind(-1)
         inputs = Inputs(token_ids, positions, slots, labels.int())
-        session.key_labels.scatter_(1, slots, inputs.labels)
+        session.context.key_labels.scatter_(1, slots, inputs.labels)
+        session.context.key_positions.scatter_(1, slots, positions.int())
         outputs = []
         for chunk in zip(*(part.split(list(sizes), dim=1) for part in inputs), strict=True):
             # Contiguous and compact: a graph is compiled for one stride pattern.
@@ -265,21 +304,14 @@ class Executor:
         return output
 
     def _call(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
-        return self._steps[kind](
-            self.params,
-            self.config,
-            inputs,
-            session.cache,
-            session.key_labels,
-            session.visibility,
-            session.bias,
-        )
+        step = self._steps[kind]
+        return step(self.params, self.config, inputs, session.cache, session.context)
 
 
 def _compile(step: Callable, device: torch.device) -> Callable:
     """Compile a step for one executor, with guards on what differs from call to call alone.
 
-    Params never change, the sizes of a cache are those of `key_labels`, and the library's own
+    Params never change, the sizes of a cache are those of the context, and the library's own
     functions stay what they are: hundreds of guards on these would cost up to half a millisecond
     a step. The copy has a code object of its own, because Dynamo keeps graphs with the code: two
     models must not find each other's.
@@ -293,7 +325,7 @@ def _compile(step: Callable, device: torch.device) -> Callable:
 
 def _keep_guards(entries: Sequence) -> list[bool]:
     # Nameless guards are on torch's own state, such as the grad mode.
-    kept = ("inputs", "key_labels", "visibility", "bias", "config")
+    kept = ("inputs", "context", "config")
     return [not entry.name or entry.name.startswith(kept) for entry in entries]
 
 

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from minifuse.model import KV_BLOCK, AttentionMask, query_block_rows, query_block_tokens
+from minifuse.model import (
+    KV_BLOCK,
+    AttentionMask,
+    AttentionRule,
+    BlockLists,
+    is_visible,
+    query_block_rows,
+    query_block_tokens,
+)
 
 
 def make_tables(
@@ -43,23 +51,18 @@ def make_tables(
     return visibility.to(device), bias.to(device)
 
 
-def make_dense_mask(
-    query_labels: Tensor, query_slots: Tensor, key_labels: Tensor, visibility: Tensor
-) -> Tensor:
-    """The rule itself, bool[B, T, S]; arguments as in AttentionMask."""
-    rows = torch.arange(visibility.shape[0], device=visibility.device)[:, None, None]
-    seen = visibility[rows, query_labels[:, :, None].long(), key_labels[:, None, :].long()]
-    key_slots = torch.arange(key_labels.shape[1], device=key_labels.device)
-    return seen & (key_slots <= query_slots[:, :, None])
+def make_dense_mask(rule: AttentionRule) -> Tensor:
+    """The rule for every query and key, bool[B, T, S]."""
+    (B, T), S = rule.query_labels.shape, rule.key_labels.shape[1]
+    rows, tokens, slots = (torch.arange(n, device=rule.bias.device) for n in (B, T, S))
+    return is_visible(rule, rows[:, None, None], tokens[:, None], slots)
 
 
-def make_decode_mask(
-    query_labels: Tensor, query_slots: Tensor, key_labels: Tensor, visibility: Tensor, bias: Tensor
-) -> AttentionMask:
+def make_decode_mask(rule: AttentionRule) -> AttentionMask:
     """Block lists by reducing the dense mask: cheapest for the few queries of a decode step."""
-    B, T = query_labels.shape
-    tokens = query_block_tokens(T, query_labels.device.type)
-    dense = make_dense_mask(query_labels, query_slots, key_labels, visibility)
+    B, T = rule.query_labels.shape
+    tokens = query_block_tokens(T, rule.query_labels.device.type)
+    dense = make_dense_mask(rule)
     blocks = dense.view(B, T // tokens, tokens, -1, KV_BLOCK)
     visited = blocks.any(dim=4).any(dim=2)
     full = blocks.all(dim=4).all(dim=2)
@@ -67,15 +70,7 @@ def make_decode_mask(
         # Triton's decode kernel splits its work over the partial blocks alone.
         full = torch.zeros_like(full)
     partial = visited & ~full
-    return AttentionMask(
-        query_labels,
-        query_slots,
-        key_labels,
-        visibility,
-        bias,
-        *_list_blocks(partial),
-        *_list_blocks(full),
-    )
+    return AttentionMask(rule, BlockLists(*_list_blocks(partial), *_list_blocks(full)))
 
 
 def _list_blocks(wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,39 +81,29 @@ def _list_blocks(wanted: Tensor) -> tuple[Tensor, Tensor]:
     return wanted.sum(dim=-1, dtype=torch.int32), indices.to(torch.int32)
 
 
-def make_prefill_mask(
-    query_labels: Tensor,
-    query_slots: Tensor,
-    key_labels: Tensor,
-    visibility: Tensor,
-    bias: Tensor,
-    group_size: int,
-) -> AttentionMask:
+def make_prefill_mask(rule: AttentionRule, group_size: int) -> AttentionMask:
     """Block lists by `create_block_mask`, for queries folded as in `model.attend`."""
-    B, T = query_labels.shape
+    B, T = rule.query_labels.shape
 
     def mask_mod(b, h, q, k):
-        t = q // group_size
-        seen = visibility[b, query_labels[b, t], key_labels[b, k]]
-        return seen & (k <= query_slots[b, t])
+        return is_visible(rule, b, q // group_size, k)
 
+    device = rule.query_labels.device
     block_mask = create_block_mask(
         mask_mod,
         B,
         None,
         T * group_size,
-        key_labels.shape[1],
-        device=query_labels.device,
-        BLOCK_SIZE=(query_block_rows(T, group_size, query_labels.device.type), KV_BLOCK),
+        rule.key_labels.shape[1],
+        device=device,
+        BLOCK_SIZE=(query_block_rows(T, group_size, device.type), KV_BLOCK),
     )
     return AttentionMask(
-        query_labels,
-        query_slots,
-        key_labels,
-        visibility,
-        bias,
-        block_mask.kv_num_blocks,
-        block_mask.kv_indices,
-        block_mask.full_kv_num_blocks,
-        block_mask.full_kv_indices,
+        rule,
+        BlockLists(
+            block_mask.kv_num_blocks,
+            block_mask.kv_indices,
+            block_mask.full_kv_num_blocks,
+            block_mask.full_kv_indices,
+        ),
     )

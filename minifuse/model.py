@@ -2,12 +2,13 @@
 
 Pure functions of (params, tokens, positions, slots, cache, mask tensors). Prefill and decode are
 the same function at different T, and nothing here knows what a paraphrase is: who sees whom is
-said by labels and two tables (see `AttentionMask`).
+said by labels and two tables (see `AttentionRule`).
 
 Letters: B rows, T tokens in this call, S cache slots, H query heads, K key/value heads, G = H/K,
 D head size, C hidden size, F MLP size, V vocabulary, L labels, Q and J blocks of queries and keys.
 """
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from minifuse.cache import KVCache, allocate_cache, write_cache
 from minifuse.config import ModelConfig
-from minifuse.rope import apply_rope, make_cos_sin
+from minifuse.rope import apply_rope, make_cos_sin, make_inv_freq
 
 KV_BLOCK = 128
 
@@ -46,15 +47,13 @@ class Params(NamedTuple):
     layers: tuple[LayerParams, ...]
     final_norm: Tensor  # float[C]
     lm_head: Tensor  # float[V, C]
-    inv_freq: Tensor  # f32[D/2]
 
 
-class AttentionMask(NamedTuple):
+class AttentionRule(NamedTuple):
     """Who sees whom, as tensors alone, so that no value in it ever recompiles a graph.
 
-    A query sees a key if the table says so for their labels, and the key's slot is not later
-    than its own. Block lists name the key blocks that a block of queries has to visit: `full`
-    where every pair is visible, `partial` where some are.
+    A query sees a key if the table says so for their labels, and the key's slot is not later than
+    its own. In layers with a sliding window the key's position has to lie above a floor as well.
     """
 
     query_labels: Tensor  # i32[B, T]
@@ -62,10 +61,34 @@ class AttentionMask(NamedTuple):
     key_labels: Tensor  # i32[B, S]
     visibility: Tensor  # bool[B, L, L]
     bias: Tensor  # f32[B, L, L]
+    query_floors: Tensor | None = None  # i32[B, T]
+    key_positions: Tensor | None = None  # i32[B, S]
+
+
+class BlockLists(NamedTuple):
+    """The key blocks that a block of queries has to visit.
+
+    In `full` ones every pair is visible, in `partial` ones some are.
+    """
+
     num_partial: Tensor  # i32[B, 1, Q]
     partial: Tensor  # i32[B, 1, Q, J]
     num_full: Tensor  # i32[B, 1, Q]
     full: Tensor  # i32[B, 1, Q, J]
+
+
+class AttentionMask(NamedTuple):
+    """A rule and the block lists that follow from it."""
+
+    rule: AttentionRule
+    blocks: BlockLists
+
+
+class LayerMasks(NamedTuple):
+    """What layers that see everything, and those with a sliding window, need; None for neither."""
+
+    full: AttentionMask | None
+    sliding: AttentionMask | None
 
 
 class Rotation(NamedTuple):
@@ -78,7 +101,10 @@ class Rotation(NamedTuple):
 
 
 def make_rotation(inv_freq: Tensor, positions: Tensor, group_size: int) -> Rotation:
-    """Angles of i64[B, T] positions; a token's G folded queries share its angle."""
+    """Angles of i64[B, T] positions; a token's G folded queries share its angle.
+
+    inv_freq: f32[B, D/2]
+    """
     cos, sin = make_cos_sin(inv_freq, positions)
     folded = (angles.repeat_interleave(group_size, dim=1) for angles in (cos, sin))
     return Rotation(cos, sin, *folded)
@@ -91,6 +117,26 @@ def lookup(table: Tensor, *indices: Tensor) -> Tensor:
     `nested_compile_region` cannot functionalise (torch 2.13).
     """
     return torch.ops.aten.index.Tensor(table, list(indices))
+
+
+def is_visible(rule: AttentionRule, b: Tensor, t: Tensor, k: Tensor) -> Tensor:
+    """The rule, for row b, query token t and key slot k: index tensors that broadcast."""
+    label = lookup(rule.query_labels, b, t)
+    seen = lookup(rule.visibility, b, label, lookup(rule.key_labels, b, k))
+    seen = seen & (k <= lookup(rule.query_slots, b, t))
+    if rule.query_floors is not None:
+        seen = seen & (lookup(rule.key_positions, b, k) > lookup(rule.query_floors, b, t))
+    return seen
+
+
+def add_window(
+    rule: AttentionRule, positions: Tensor, key_positions: Tensor, window: int
+) -> AttentionRule:
+    """The same rule for layers in which a token sees the last `window` positions, its own included.
+
+    positions: i64[B, T], key_positions: i32[B, S]
+    """
+    return rule._replace(query_floors=(positions - window).int(), key_positions=key_positions)
 
 
 def query_block_tokens(num_tokens: int, device_type: str = "cpu") -> int:
@@ -151,36 +197,36 @@ def unfold_queries(out_BKTD: Tensor, num_tokens: int) -> Tensor:
     return grouped.transpose(1, 2).reshape(B, num_tokens, -1)
 
 
-def attend(q_BKTD: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask) -> Tensor:
+def attend(
+    q_BKTD: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, scale: float
+) -> Tensor:
     """Attention of folded queries over every slot of the cache that they may see.
 
     q_BKTD:       float[B, K, T * G, D]
     keys, values: float[B, K, S, D]
     returns:      float[B, K, T * G, D]
     """
-    T = mask.query_labels.shape[1]
+    rule, blocks = mask
+    T = rule.query_labels.shape[1]
     G = q_BKTD.shape[2] // T
 
     def mask_mod(b, h, q, k):
-        query_label = lookup(mask.query_labels, b, q // G)
-        seen = lookup(mask.visibility, b, query_label, lookup(mask.key_labels, b, k))
-        return seen & (k <= lookup(mask.query_slots, b, q // G))
+        return is_visible(rule, b, q // G, k)
 
     def score_mod(score, b, h, q, k):
-        query_label = lookup(mask.query_labels, b, q // G)
-        return score + lookup(mask.bias, b, query_label, lookup(mask.key_labels, b, k))
+        label = lookup(rule.query_labels, b, q // G)
+        return score + lookup(rule.bias, b, label, lookup(rule.key_labels, b, k))
 
     block_mask = BlockMask.from_kv_blocks(
-        mask.num_partial,
-        mask.partial,
-        mask.num_full,
-        mask.full,
+        *blocks,
         BLOCK_SIZE=(query_block_rows(T, G, keys.device.type), KV_BLOCK),
         mask_mod=mask_mod,
         seq_lengths=(T * G, keys.shape[2]),
         compute_q_blocks=False,
     )
-    return flex_attention(q_BKTD, keys, values, score_mod=score_mod, block_mask=block_mask)
+    return flex_attention(
+        q_BKTD, keys, values, score_mod=score_mod, block_mask=block_mask, scale=scale
+    )
 
 
 def attention_block(
@@ -192,6 +238,7 @@ def attention_block(
     rotation: Rotation,
     mask: AttentionMask,
     eps: float,
+    scale: float,
 ) -> Tensor:
     """Project, rotate, write keys and values into the cache (in place), attend, project back."""
     B, T, _ = x.shape
@@ -208,7 +255,7 @@ def attention_block(
     k = apply_rope(k.transpose(1, 2), rotation.cos, rotation.sin)
     write_cache(keys, slots, k)
     write_cache(values, slots, v.transpose(1, 2))
-    return linear(unfold_queries(attend(q, keys, values, mask), T), layer.wo, layer.bo)
+    return linear(unfold_queries(attend(q, keys, values, mask, scale), T), layer.wo, layer.bo)
 
 
 def mlp_block(x: Tensor, layer: LayerParams) -> Tensor:
@@ -220,6 +267,7 @@ def mlp_block(x: Tensor, layer: LayerParams) -> Tensor:
 @torch.compiler.nested_compile_region
 def decoder_layer(
     eps: float,
+    scale: float,
     x: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -229,14 +277,16 @@ def decoder_layer(
     """One layer; a region that the compiler traces once however many layers there are.
 
     Torch 2.13 traces it anew for every layer unless each argument is a tensor or a constant, so
-    `parts` are the fields of Rotation, AttentionMask and LayerParams, in this order.
+    `parts` are the fields of Rotation, AttentionRule, BlockLists and LayerParams, in this order.
     """
-    masked = len(Rotation._fields)
-    weighed = masked + len(AttentionMask._fields)
-    rotation, mask = Rotation(*parts[:masked]), AttentionMask(*parts[masked:weighed])
-    layer = LayerParams(*parts[weighed:])
+    fields = iter(parts)
+    rotation, rule, blocks, layer = (
+        kind(*islice(fields, len(kind._fields)))
+        for kind in (Rotation, AttentionRule, BlockLists, LayerParams)
+    )
+    mask = AttentionMask(rule, blocks)
     normed = rms_norm(x, layer.attn_norm, eps)
-    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, eps)
+    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, eps, scale)
     return x + mlp_block(rms_norm(x, layer.mlp_norm, eps), layer)
 
 
@@ -246,19 +296,24 @@ def forward(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
+    inv_freq: Tensor,
     cache: KVCache,
-    mask: AttentionMask,
+    masks: LayerMasks,
 ) -> Tensor:
     """Run new tokens through all layers; their keys and values are written into `cache`.
 
     tokens, positions, slots: i64[B, T]
-    returns: float[B, T, C], normed hidden states; `unembed` turns those asked for into logits
+    inv_freq: f32[B, D/2]
+    returns:  float[B, T, C], normed hidden states; `unembed` turns those asked for into logits
     """
     x = F.embedding(tokens, params.embed)
-    rotation = make_rotation(params.inv_freq, positions, config.group_size)
-    for layer, keys, values in zip(params.layers, cache.keys, cache.values, strict=True):
-        x = decoder_layer(config.rms_norm_eps, x, keys, values, slots, *rotation, *mask, *layer)
-    return rms_norm(x, params.final_norm, config.rms_norm_eps)
+    rotation = make_rotation(inv_freq, positions, config.group_size)
+    eps, scale = config.rms_norm_eps, config.attention_scale
+    layers = zip(params.layers, cache.keys, cache.values, strict=True)
+    for index, (layer, keys, values) in enumerate(layers):
+        rule, blocks = masks.sliding if index in config.sliding_layers else masks.full
+        x = decoder_layer(eps, scale, x, keys, values, slots, *rotation, *rule, *blocks, *layer)
+    return rms_norm(x, params.final_norm, eps)
 
 
 def unembed(params: Params, hidden: Tensor) -> Tensor:
@@ -282,16 +337,20 @@ def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor
     places = torch.arange(T, device=device).expand(B, T)
     rows = -(-T // query_block_tokens(T, device.type))
     count = torch.zeros(B, 1, rows, dtype=torch.int32, device=device)
-    blocks = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, rows, -1)
-    mask = AttentionMask(
+    listed = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, rows, -1)
+    blocks = BlockLists(count + num_blocks, listed, count, listed)
+    rule = AttentionRule(
         query_labels=torch.zeros(B, T, dtype=torch.int32, device=device),
         query_slots=places.int(),
         key_labels=torch.zeros(B, cache.num_slots, dtype=torch.int32, device=device),
         visibility=torch.ones(B, 1, 1, dtype=torch.bool, device=device),
         bias=torch.zeros(B, 1, 1, device=device),
-        num_partial=count + num_blocks,
-        partial=blocks,
-        num_full=count,
-        full=blocks,
     )
-    return unembed(params, forward(params, config, tokens, places, places, cache, mask))
+    sliding = None
+    if config.sliding_layers:
+        slots = torch.arange(cache.num_slots, dtype=torch.int32, device=device).expand(B, -1)
+        sliding = AttentionMask(add_window(rule, places, slots, config.sliding_window), blocks)
+    masks = LayerMasks(AttentionMask(rule, blocks), sliding)
+    inv_freq = make_inv_freq(config, config.rope_length(T)).to(device).expand(B, -1)
+    hidden = forward(params, config, tokens, places, places, inv_freq, cache, masks)
+    return unembed(params, hidden)

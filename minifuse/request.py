@@ -135,11 +135,22 @@ class AnswerState:
         return tuple(entries)
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How far a request can get: slots, labels, positions; views that answers start from."""
+
+    slots: int
+    labels: int
+    positions: int
+    views: int
+
+
 @dataclass
 class Job:
     """One request while it is answered.
 
     given_weights: normalised; None leaves them to `signal`
+    extent:        set by `measure`
     consumers:     for every method the answers that it reads
     """
 
@@ -149,6 +160,7 @@ class Job:
     signal: str
     packed: PackedPrompt
     weights: SegmentWeights
+    extent: Extent = Extent(1, 1, 0, 0)
     view_logits: dict[Span, Tensor] = field(default_factory=dict)
     consumers: dict[FusionMethod, tuple[Answer, ...]] = field(default_factory=dict)
     states: dict[Answer, AnswerState] = field(default_factory=dict)
@@ -238,8 +250,8 @@ class Job:
                 used.append(slot)
         return tokens
 
-    def dry_run(self, max_positions: int) -> "Job":
-        """A copy laid out to the end, as large as it can get; nothing is computed.
+    def measure(self, max_positions: int) -> None:
+        """Find the extent by laying out a copy to the end; nothing is computed.
 
         raises: UsageError where an answer needs more than `max_positions`.
         """
@@ -250,18 +262,21 @@ class Job:
         dry.set_weights(torch.arange(1.0, self.num_segments + 1).log())
         dry.place_views()
         new_tokens = self.plan.generation.max_new_tokens
+        views = {dry.view(request).suffix for a in dry.answers for request in a.views}
+        positions = 0
         for answer in dry.answers:
             for view in map(dry.view, answer.views):
                 dry.packed.stream(view)
                 dry.packed.take_slots(new_tokens)
                 prompt_end = view.suffix.positions.stop
-                if prompt_end + new_tokens > max_positions:
+                positions = max(positions, prompt_end + new_tokens)
+                if positions > max_positions:
                     raise UsageError(
-                        f"{answer.method} needs {prompt_end + new_tokens} positions: a prompt of "
+                        f"{answer.method} needs {positions} positions: a prompt of "
                         f"{prompt_end} and {new_tokens} new tokens; the model has "
                         f"{max_positions}: shorten one or the other"
                     )
-        return dry
+        self.extent = Extent(dry.packed.num_slots, dry.packed.num_labels, positions, len(views))
 
 
 def make_job(tokenizer: Tokenizer, request: Request, plan: Plan) -> Job:

@@ -8,35 +8,71 @@ import math
 import torch
 from torch import Tensor
 
-from minifuse.config import ModelConfig
+from minifuse.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+)
 
 
-def make_inv_freq(config: ModelConfig) -> Tensor:
+def make_inv_freq(config: ModelConfig, rope_length: int | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, f32[D/2].
 
-    `rope_type: llama3` divides slow frequencies by `factor`, keeps fast ones, and blends between
-    (Llama 3.1's own scheme, section 3.4.2 of arXiv:2407.21783).
+    rope_length: `config.rope_length` of the request; dynamic scaling alone asks for it
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
+    dim, scaling = config.head_dim, config.rope_scaling
+    theta = config.rope_theta
+    if isinstance(scaling, DynamicScaling) and rope_length is not None:
+        # As transformers does: the base grows so that the slowest pair is interpolated.
+        stretch = rope_length / scaling.original_max_position_embeddings
+        theta *= (scaling.factor * stretch - (scaling.factor - 1)) ** (dim / (dim - 2))
+    inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if isinstance(scaling, LinearScaling):
+        return inv_freq / scaling.factor
+    if isinstance(scaling, YarnScaling):
+        kept = _yarn_kept(config, scaling)
+    elif isinstance(scaling, Llama3Scaling):
+        # Turns that a frequency makes over the original context tell slow from fast
+        # (section 3.4.2 of arXiv:2407.21783).
+        turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    else:
         return inv_freq
-    # Turns that a frequency makes over the original context tell slow from fast.
-    turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
-    return inv_freq * blend + inv_freq / scaling.factor * (1 - blend)
+    return inv_freq * kept + inv_freq / scaling.factor * (1 - kept)
+
+
+def _yarn_kept(config: ModelConfig, scaling: YarnScaling) -> Tensor:
+    """The share of each pair's frequency that YaRN keeps, f32[D/2]: 1 fast, 0 slow, a ramp between.
+
+    The ramp runs over the index of the pair (section 3.2 of arXiv:2309.00071; bounds and the step
+    in place of an empty ramp as in transformers).
+    """
+    dim, original = config.head_dim, scaling.original_max_position_embeddings
+
+    def pair_of(turns: float) -> float:
+        """Where the pair would lie that makes so many turns over the original context."""
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    return 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
 def make_cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles.
 
-    inv_freq:  f32[D/2]
-    positions: int[...]
-    returns:   two of f32[..., D/2]; float32 because bfloat16 rounds positions above 256
+    inv_freq:  f32[D/2], or f32[B, D/2] where rows differ
+    positions: int[B, T]
+    returns:   two of f32[B, T, D/2]; float32 because bfloat16 rounds positions above 256
     """
-    angles = positions[..., None].float() * inv_freq
+    angles = positions[..., None].float() * inv_freq[..., None, :]
     return angles.cos(), angles.sin()
 
 

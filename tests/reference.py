@@ -36,6 +36,7 @@ def dense_hidden(
     mask: Tensor,
     bias: Tensor,
     turns: Tensor | None = None,
+    rope_length: int | None = None,
 ) -> Tensor:
     """Normed hidden states of one sequence, in the dtype of the weights.
 
@@ -43,27 +44,34 @@ def dense_hidden(
     mask:    bool[T, T]   may query i see key j
     bias:    float[T, T]  added to that score
     turns:   i64[T, T]    how far key j is rotated on where query i sees it; None for not at all
+    rope_length: positions that the request reaches, for dynamic RoPE
     returns: float[T, C]
     """
     token_ids, positions = torch.as_tensor(token_ids), torch.as_tensor(positions)
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     T = len(token_ids)
     turns = torch.zeros(T, T, dtype=torch.long) if turns is None else turns
+    frequencies, factor = rope_by_hand(config, rope_length)
+    distances = positions[:, None] - (positions + turns)
     x = params.embed[token_ids]
-    for layer in params.layers:
+    for index, layer in enumerate(params.layers):
         normed = _norm(x, layer.attn_norm, config.rms_norm_eps)
         qkv = _linear(normed, layer.wqkv, layer.bqkv).view(T, H + 2 * K, D)
         q, k, v = qkv.split([H, K, K], dim=1)
         if layer.q_norm is not None:
             q = _norm(q, layer.q_norm, config.rms_norm_eps)
             k = _norm(k, layer.k_norm, config.rms_norm_eps)
-        q = _rotate(config, q, positions)
+        q = factor * _rotate(q, positions, frequencies)
         scores = torch.zeros(H, T, T, dtype=x.dtype)
         for turn in turns.unique().tolist():
-            turned = _rotate(config, k, positions + turn).repeat_interleave(H // K, dim=1)
+            turned = factor * _rotate(k, positions + turn, frequencies)
+            turned = turned.repeat_interleave(H // K, dim=1)
             scores = torch.where(turns == turn, torch.einsum("qhd,khd->hqk", q, turned), scores)
         scores = scores / math.sqrt(D) + bias.to(x.dtype)
-        probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        seen = (
+            mask & (distances < config.sliding_window) if index in config.sliding_layers else mask
+        )
+        probs = scores.masked_fill(~seen, -math.inf).softmax(-1)
         heads = torch.einsum("hqk,khd->qhd", probs, v.repeat_interleave(H // K, dim=1))
         x = x + _linear(heads.reshape(T, H * D), layer.wo, layer.bo)
         normed = _norm(x, layer.mlp_norm, config.rms_norm_eps)
@@ -80,9 +88,10 @@ def dense_forward(
     mask: Tensor,
     bias: Tensor,
     turns: Tensor | None = None,
+    rope_length: int | None = None,
 ) -> Tensor:
     """Logits float[T, V]; arguments as in `dense_hidden`."""
-    hidden = dense_hidden(config, params, token_ids, positions, mask, bias, turns)
+    hidden = dense_hidden(config, params, token_ids, positions, mask, bias, turns, rope_length)
     return hidden @ params.lm_head.T
 
 
@@ -91,9 +100,13 @@ def plain_hidden(config, params, token_ids: Sequence[int]) -> Tensor:
     return dense_hidden(config, params, token_ids, range(len(token_ids)), *_causal(token_ids))
 
 
-def plain_forward(config, params, token_ids: Sequence[int]) -> Tensor:
+def plain_forward(
+    config, params, token_ids: Sequence[int], rope_length: int | None = None
+) -> Tensor:
     """Logits float[T, V] of a sequence that is nothing special."""
-    return dense_forward(config, params, token_ids, range(len(token_ids)), *_causal(token_ids))
+    positions = range(len(token_ids))
+    mask, bias = _causal(token_ids)
+    return dense_forward(config, params, token_ids, positions, mask, bias, None, rope_length)
 
 
 def as_dtype(params, dtype: torch.dtype):
@@ -119,15 +132,53 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight.T if bias is None else x @ weight.T + bias
 
 
-def _rotate(config, x: Tensor, positions: Tensor) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, frequencies: Sequence[float]) -> Tensor:
     """RoPE of float[T, H, D], dimension i paired with i + D/2."""
-    assert config.rope_scaling is None, "the reference knows plain RoPE alone"
-    half = config.head_dim // 2
-    inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = positions[:, None, None].double() * inv_freq
+    half = len(frequencies)
+    angles = positions[:, None, None].double() * torch.tensor(frequencies, dtype=torch.float64)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_by_hand(config, rope_length: int | None = None) -> tuple[list[float], float]:
+    """Radians per position of each pair, and what rotated heads are multiplied by.
+
+    Pair by pair in plain Python, from the papers' formulas.
+    """
+    dim, scaling = config.head_dim, config.rope_scaling
+    kind = type(scaling).__name__
+    theta, factor = config.rope_theta, 1.0
+    if kind == "DynamicScaling" and rope_length is not None:
+        ratio = max(1.0, rope_length / config.max_position_embeddings)
+        theta *= (scaling.factor * ratio - scaling.factor + 1) ** (dim / (dim - 2))
+    frequencies = []
+    for pair in range(dim // 2):
+        plain = theta ** (-2 * pair / dim)
+        if kind == "LinearScaling":
+            kept = 0.0
+        elif kind == "Llama3Scaling":
+            turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+            width = scaling.high_freq_factor - scaling.low_freq_factor
+            kept = min(max((turns - scaling.low_freq_factor) / width, 0.0), 1.0)
+        elif kind == "YarnScaling":
+            factor = scaling.attention_factor
+
+            def place(turns: float) -> float:
+                # Where theta ** (-2 place / dim) makes so many turns over the original context.
+                context = scaling.original_max_position_embeddings
+                return dim / 2 * math.log(context / (2 * math.pi * turns)) / math.log(theta)
+
+            low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, dim - 1)
+            kept = 1 - min(max((pair - low) / max(high - low, 0.001), 0.0), 1.0)
+        else:
+            kept = 1.0
+        scale = scaling.factor if kept < 1 else 1.0
+        frequencies.append(plain * (kept + (1 - kept) / scale))
+    return frequencies, factor
 
 
 # The request
@@ -223,8 +274,15 @@ def fused_parts(
 class Reference:
     """Distributions of every method on one model; whole sequences, memorised by their ids."""
 
-    def __init__(self, config, params, dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        config,
+        params,
+        dtype: torch.dtype = torch.float64,
+        rope_length: int | None = None,
+    ):
         self.config = config
+        self.rope_length = rope_length
         self.params = as_dtype(params, dtype)
         self._plain: dict[tuple[int, ...], Tensor] = {}
 
@@ -232,7 +290,7 @@ class Reference:
         """Logits [T, V] of a plain sequence."""
         key = tuple(token_ids)
         if key not in self._plain:
-            self._plain[key] = plain_forward(self.config, self.params, key)
+            self._plain[key] = plain_forward(self.config, self.params, key, self.rope_length)
         return self._plain[key]
 
     def likelihood(self, case: Case, index: int) -> float:
@@ -276,7 +334,8 @@ class Reference:
         weights = self.weights(case, method)
         if method in FUSED:
             tables = lay_out(fused_parts(case, method, weights, forced))
-            return dense_forward(self.config, self.params, *tables)[-steps:].log_softmax(-1)
+            logits = dense_forward(self.config, self.params, *tables, self.rope_length)
+            return logits[-steps:].log_softmax(-1)
         if method == "concat":
             everything = case.prefix_ids + sum(case.segment_ids, ()) + case.suffix_ids
             return self.plain(everything + forced)[-steps:].log_softmax(-1)

@@ -16,7 +16,7 @@ from minifuse.cache import (
 from minifuse.checkpoint import params_from_tensors
 from minifuse.config import ModelConfig
 from minifuse.masks import make_decode_mask, make_tables
-from minifuse.model import forward
+from minifuse.model import AttentionRule, LayerMasks, forward
 from minifuse.rope import apply_rope, make_cos_sin, make_inv_freq
 
 CONFIG = ModelConfig(
@@ -121,6 +121,7 @@ def test_moved_keys_equal_keys_encoded_at_their_new_positions(family):
     config = ModelConfig.from_hf(model.config.to_dict())
     params = params_from_tensors(model.state_dict().items(), config, torch.float32)
     tokens = torch.randint(0, config.vocab_size, (1, 8))
+    inv_freq = make_inv_freq(config)[None]
     visibility, bias = make_tables([{0: {0: 0.0}, 1: {1: 0.0}}], 2, CPU)
 
     def encode(first_position: int, first_slot: int, cache: KVCache) -> None:
@@ -128,16 +129,17 @@ def test_moved_keys_equal_keys_encoded_at_their_new_positions(family):
         key_labels = torch.zeros(1, 128, dtype=torch.int32)
         key_labels[0, slots[0]] = 1
         labels = torch.ones(1, 8, dtype=torch.int32)
-        mask = make_decode_mask(labels, slots.int(), key_labels, visibility, bias)
+        rule = AttentionRule(labels, slots.int(), key_labels, visibility, bias)
+        masks = LayerMasks(make_decode_mask(rule), None)
         positions = torch.arange(first_position, first_position + 8)[None]
         with torch.inference_mode():
-            forward(params, config, tokens, positions, slots, cache, mask)
+            forward(params, config, tokens, positions, slots, inv_freq, cache, masks)
 
     cache = allocate_cache(config, rows=1, slots=128, dtype=torch.float32, device=CPU)
     encode(4, 1, cache)
     encode(41, 20, cache)
     source, target = torch.arange(1, 9)[None], torch.arange(60, 68)[None]
-    move_keys(cache, source, target, torch.full((1, 8), 37), params.inv_freq)
+    move_keys(cache, source, target, torch.full((1, 8), 37), inv_freq)
     for keys, values in zip(cache.keys, cache.values, strict=True):
         scale = keys.abs().max().item()
         # Float32 through at most three layers, near 1e-5 of the scale.

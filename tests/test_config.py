@@ -9,7 +9,15 @@ import pytest
 from tiny_files import FAMILIES, make_model
 
 from minifuse import config as config_module
-from minifuse.config import FusionConfig, GenerationConfig, ModelConfig, RopeScaling
+from minifuse.config import (
+    DynamicScaling,
+    FusionConfig,
+    GenerationConfig,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+)
 from minifuse.errors import ConfigError, UsageError
 
 LLAMA = {
@@ -71,6 +79,7 @@ def test_llama_field_by_field():
     ("family", "wanted"),
     [
         ("llama", {"num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 2048}),
+        ("mistral", {"num_key_value_heads": 8, "head_dim": 2, "max_position_embeddings": 131072}),
         # Qwen's config classes default to 32 key/value heads, Qwen 3 to heads of 128.
         ("qwen2", {"num_key_value_heads": 32, "head_dim": 2, "max_position_embeddings": 32768}),
         ("qwen3", {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768}),
@@ -95,6 +104,7 @@ def test_defaults_are_those_of_the_hubs_own_classes(family, wanted):
         ("llama", {}, (False, False, False, False)),
         ("llama", {"attention_bias": True}, (True, True, False, False)),
         ("llama", {"mlp_bias": True}, (False, False, True, False)),
+        ("mistral", {"attention_bias": True, "mlp_bias": True}, (True, False, False, False)),
         ("qwen2", {}, (True, False, False, False)),
         ("qwen2", {"attention_bias": False, "mlp_bias": True}, (True, False, False, False)),
         ("qwen3", {}, (False, False, False, True)),
@@ -117,10 +127,16 @@ def test_a_config_of_transformers_is_read_without_a_warning(family):
     assert read_back.max_position_embeddings == 256
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mistral", "gpt2", None, 3, ["llama"]])
+@pytest.mark.parametrize("family", ["gemma2", "ministral", "gpt2", None, 3, ["llama"]])
 def test_other_families_are_refused(family):
-    wanted = re.escape(f"model_type is {family!r}") + ".*llama, qwen2, qwen3"
+    wanted = re.escape(f"model_type is {family!r}; ") + ".*llama, mistral, qwen2, qwen3"
     with pytest.raises(ConfigError, match=wanted):
+        read(model_type=family)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_mixtures_of_experts_are_refused_as_such(family):
+    with pytest.raises(ConfigError, match=f"model_type is '{family}', a mixture of experts;"):
         read(model_type=family)
 
 
@@ -137,7 +153,7 @@ REFUSED = {
     "is_decoder": "yes",
     "is_encoder_decoder": True,
     "add_cross_attention": True,
-    "use_sliding_window": True,
+    "use_mrope": True,
     "rope_interleaved": True,
     "partial_rotary_factor": 0.5,
     "rotary_pct": 0.25,
@@ -175,13 +191,71 @@ def test_values_that_switch_a_field_off_change_nothing(field):
         assert read(**{field: neutral}) == read()
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 @pytest.mark.parametrize(
-    "layer_types", [["full_attention", "sliding_attention"], ["chunked_attention"] * 2]
+    ("family", "given", "window", "layers"),
+    [
+        ("llama", {}, None, ()),
+        ("llama", {"layer_types": [FULL] * 4}, None, ()),
+        # Llama has no window; the hub's class does not look at the field either.
+        ("llama", {"sliding_window": 64}, None, ()),
+        # Mistral 7B v0.1 leaves no doubt, v0.3 says null, and the class defaults to 4096.
+        ("mistral", {"sliding_window": 64}, 64, (0, 1, 2, 3)),
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("mistral", {}, 4096, (0, 1, 2, 3)),
+        ("mistral", {"sliding_window": 64, "layer_types": [SLIDING] * 4}, 64, (0, 1, 2, 3)),
+        # Qwen's configs name a window that they do not use.
+        ("qwen2", {"sliding_window": 64, "max_window_layers": 2}, None, ()),
+        (
+            "qwen2",
+            {"sliding_window": 64, "max_window_layers": 2, "use_sliding_window": True},
+            64,
+            (2, 3),
+        ),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 3}, 4096, (3,)),
+        ("qwen3", {"use_sliding_window": True}, None, ()),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None}, None, ()),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": [FULL, SLIDING, FULL, SLIDING],
+            },
+            64,
+            (1, 3),
+        ),
+    ],
 )
-def test_layers_that_attend_otherwise_are_refused(layer_types):
-    with pytest.raises(ConfigError, match=r"layer_types is .*_attention"):
-        read(layer_types=layer_types)
-    assert read(layer_types=["full_attention"] * 2) == read()
+def test_sliding_window_and_its_layers(family, given, window, layers):
+    config = read(model_type=family, num_hidden_layers=4, **given)
+    assert (config.sliding_window, config.sliding_layers) == (window, layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "message"),
+    [
+        ("llama", {"layer_types": [FULL, SLIDING]}, "layer_types is .*slides in 0 of 2 layers"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window is true, which llama"),
+        ("qwen2", {"layer_types": [FULL, SLIDING]}, "layer_types is .*slides in 0 of 2 layers"),
+        ("mistral", {"layer_types": [FULL, SLIDING]}, "layer_types is .*slides in 2 of 2 layers"),
+        ("llama", {"layer_types": ["chunked_attention"] * 2}, "layer_types is .*sliding_attention"),
+        ("llama", {"layer_types": [FULL]}, "layer_types is .*each of 2 layers"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; wanted a positive integer"),
+        ("mistral", {"sliding_window": "8"}, "sliding_window is '8'"),
+        ("qwen2", {"use_sliding_window": 1.5}, "use_sliding_window is 1.5; wanted true or false"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers is -1; wanted an integer of at least 0",
+        ),
+    ],
+)
+def test_windows_that_contradict_themselves_are_refused(family, given, message):
+    with pytest.raises(ConfigError, match=message):
+        read(model_type=family, **given)
 
 
 @pytest.mark.parametrize("value", [5, "full_attention", [["full_attention"]], [None, "x"]])
@@ -251,7 +325,7 @@ def test_unknown_fields_are_named_in_a_warning():
 def test_rope_scaling_under_both_names(field, kind):
     rope = {kind: "llama3", **{k: v for k, v in SCALING.items() if k != "rope_type"}}
     config = read(**{field: rope})
-    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 128)
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 128)
     assert config.rope_theta == 500.0
 
 
@@ -264,9 +338,10 @@ def test_rope_parameters_hold_theta():
 
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope", "proportional", None])
+@pytest.mark.parametrize("kind", ["longrope", "su", "mrope", "proportional", None, ["yarn"]])
 def test_other_scalings_are_refused(field, kind):
-    with pytest.raises(ConfigError, match=rf"field {field}\.rope_type is {kind!r}"):
+    wanted = re.escape(f"field {field}.rope_type is {kind!r}") + ".*linear, dynamic, yarn, llama3"
+    with pytest.raises(ConfigError, match=wanted):
         read(**{field: {"rope_type": kind, "factor": 2.0}})
 
 
@@ -290,6 +365,66 @@ def test_scaling_that_lacks_a_value(missing):
 def test_scaling_with_a_bad_value(changes, message):
     with pytest.raises(ConfigError, match=message):
         read(rope_scaling={**SCALING, **changes})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling", "context"),
+    [
+        ({"rope_type": "linear", "factor": 4}, LinearScaling(4.0), 2048),
+        ({"rope_type": "dynamic", "factor": 2.0}, DynamicScaling(2.0, 512), 1024),
+        (YARN, YarnScaling(4.0, 128, 0.1 * math.log(4) + 1), 512),
+        # What Qwen 2.5's model card tells its users to add: the context grows to 4 x 512.
+        ({"type": "yarn", "factor": 4.0}, YarnScaling(4.0, 512, 0.1 * math.log(4) + 1), 2048),
+        ({**YARN, "factor": None}, YarnScaling(4.0, 128, 0.1 * math.log(4) + 1), 512),
+        ({**YARN, "attention_factor": 1.5}, YarnScaling(4.0, 128, 1.5), 512),
+        ({**YARN, "factor": 1.0}, YarnScaling(1.0, 128, 1.0), 512),
+        # DeepSeek's: equal numbers cancel out.
+        ({**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}, YarnScaling(4.0, 128, 1.0), 512),
+        (
+            {**YARN, "beta_fast": 16, "beta_slow": 2.0, "truncate": False},
+            YarnScaling(4.0, 128, 0.1 * math.log(4) + 1, 16.0, 2.0, False),
+            512,
+        ),
+        (SCALING, Llama3Scaling(8.0, 1.0, 4.0, 128), 512),
+    ],
+    ids=str,
+)
+def test_scalings_and_the_context_that_they_give(rope, scaling, context):
+    config = read(rope_scaling=rope)
+    assert config.rope_scaling == scaling
+    assert config.context_length == context
+
+
+def test_yarn_scales_the_scores():
+    config = read(rope_scaling={**YARN, "attention_factor": 1.5})
+    assert config.attention_scale == 1.5**2 / 4
+    assert read().attention_scale == 1 / 4
+
+
+def test_dynamic_frequencies_depend_on_requests_beyond_the_original_context():
+    config = read(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    assert [config.rope_length(n) for n in (1, 512, 513, 1024)] == [None, None, 513, 1024]
+    assert read(rope_scaling=YARN).rope_length(10**6) is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "linear"}, "factor is None"),
+        ({"rope_type": "dynamic", "factor": -1}, "factor is -1"),
+        ({**YARN, "beta_fast": 0.5}, r"rope_scaling\.beta_fast is 0.5; wanted at least beta_slow"),
+        ({**YARN, "attention_factor": "1"}, "attention_factor is '1'"),
+        ({**YARN, "truncate": "no"}, "truncate is 'no'"),
+        ({**YARN, "original_max_position_embeddings": 1.5}, "original_max_position_emb.* is 1.5"),
+        ({**YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_scalings_with_a_bad_value(rope, message):
+    with pytest.raises(ConfigError, match=message):
+        read(rope_scaling=rope)
 
 
 @pytest.mark.parametrize("value", [[1], "llama3", 8.0])

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from minifuse import masks as masks_module
 from minifuse.masks import make_decode_mask, make_dense_mask, make_prefill_mask, make_tables
-from minifuse.model import KV_BLOCK, AttentionMask, query_block_tokens
+from minifuse.model import (
+    KV_BLOCK,
+    AttentionMask,
+    AttentionRule,
+    add_window,
+    query_block_tokens,
+)
 
 CPU = torch.device("cpu")
 LABELS = 6
@@ -18,8 +25,8 @@ def draw(matrix: str) -> Tensor:
     return torch.tensor([[int(c) for c in line.split()] for line in matrix.strip().splitlines()])
 
 
-def random_case(seed: int, tokens: int, blocks: int, rows: int = 2) -> tuple[Tensor, ...]:
-    """Labels, slots and tables as arguments of the mask functions.
+def random_rule(seed: int, tokens: int, blocks: int, rows: int = 2) -> AttentionRule:
+    """Labels, slots and tables, half of them with a window.
 
     Labels come in runs and queries mostly in consecutive slots, so that some blocks are full, some
     empty, and some neither.
@@ -44,25 +51,42 @@ def random_case(seed: int, tokens: int, blocks: int, rows: int = 2) -> tuple[Ten
     visibility = torch.rand(rows, LABELS, LABELS, generator=g) < choose(0.2, 0.5, 0.9, 1.0)
     visibility[:, 0] = visibility[:, :, 0] = False
     visibility[:, 0, 0] = True
-    return (
+    rule = AttentionRule(
         labels_in_runs(tokens, choose(1, 7, 100)),
         query_slots.int(),
         labels_in_runs(slots, choose(20, 128, 300)),
         visibility,
         torch.randn(rows, LABELS, LABELS, generator=g),
     )
+    if choose(True, False):
+        # Positions near the slots, and not equal to them.
+        key_positions = (torch.arange(slots) - integers(60, rows, slots)).int()
+        positions = query_slots.long() - integers(60, rows, tokens)
+        return add_window(rule, positions, key_positions, choose(1, 50, 200, 1000))
+    return rule
 
 
-def naive_mask(query_labels, query_slots, key_labels, visibility) -> Tensor:
+def naive_mask(rule: AttentionRule) -> Tensor:
     """The rule, entry by entry."""
-    B, T = query_labels.shape
-    dense = torch.zeros(B, T, key_labels.shape[1], dtype=torch.bool)
+    B, T = rule.query_labels.shape
+    S = rule.key_labels.shape[1]
+    dense = torch.zeros(B, T, S, dtype=torch.bool)
     for b in range(B):
         for t in range(T):
-            for s in range(key_labels.shape[1]):
-                may_see = visibility[b, query_labels[b, t], key_labels[b, s]]
-                dense[b, t, s] = bool(may_see) and s <= int(query_slots[b, t])
+            for s in range(S):
+                may_see = bool(
+                    rule.visibility[b, rule.query_labels[b, t], rule.key_labels[b, s]]
+                ) and s <= int(rule.query_slots[b, t])
+                if rule.query_floors is not None:
+                    may_see &= int(rule.key_positions[b, s]) > int(rule.query_floors[b, t])
+                dense[b, t, s] = may_see
     return dense
+
+
+def small_rule(query_labels, query_slots, key_labels, visibility) -> AttentionRule:
+    return AttentionRule(
+        query_labels, query_slots, key_labels, visibility, torch.zeros(visibility.shape)
+    )
 
 
 def listed_blocks(count: Tensor, indices: Tensor, row: int, query_block: int) -> list[int]:
@@ -73,20 +97,20 @@ def assert_stands_for(mask: AttentionMask, dense: Tensor) -> None:
     """Block lists name every block with a visible pair, once; full ones have nothing hidden."""
     B, T, S = dense.shape
     tokens = query_block_tokens(T)
-    assert mask.num_partial.shape == mask.num_full.shape == (B, 1, T // tokens)
-    assert mask.partial.shape == mask.full.shape == (B, 1, T // tokens, S // KV_BLOCK)
-    for lists in mask[5:]:
-        assert lists.dtype == torch.int32
+    lists = mask.blocks
+    assert lists.num_partial.shape == lists.num_full.shape == (B, 1, T // tokens)
+    assert lists.partial.shape == lists.full.shape == (B, 1, T // tokens, S // KV_BLOCK)
+    assert {part.dtype for part in lists} == {torch.int32}
     for b in range(B):
         for i in range(T // tokens):
-            partial = listed_blocks(mask.num_partial, mask.partial, b, i)
-            full = listed_blocks(mask.num_full, mask.full, b, i)
+            partial = listed_blocks(lists.num_partial, lists.partial, b, i)
+            full = listed_blocks(lists.num_full, lists.full, b, i)
             block = dense[b, i * tokens : (i + 1) * tokens].view(tokens, -1, KV_BLOCK)
             sums = block.sum(dim=(0, 2)).tolist()
             assert sorted(full) == [j for j, n in enumerate(sums) if n == tokens * KV_BLOCK]
             assert sorted(partial) == [j for j, n in enumerate(sums) if 0 < n < tokens * KV_BLOCK]
     # Indices beyond the counts are read by some kernels: they have to be blocks, too.
-    for indices in (mask.partial, mask.full):
+    for indices in (lists.partial, lists.full):
         assert ((indices >= 0) & (indices < S // KV_BLOCK)).all()
 
 
@@ -103,7 +127,9 @@ def test_the_drawing_of_the_module():
     }
     visibility, _ = make_tables([sees], 8, CPU)
     labels = torch.arange(5, dtype=torch.int32)[None]
-    assert torch.equal(make_dense_mask(labels, labels, labels, visibility)[0].int(), wanted.int())
+    assert torch.equal(
+        make_dense_mask(small_rule(labels, labels, labels, visibility))[0].int(), wanted.int()
+    )
 
 
 def test_causality_comes_on_top_of_the_table():
@@ -111,7 +137,7 @@ def test_causality_comes_on_top_of_the_table():
     labels = torch.ones(1, 4, dtype=torch.int32)
     slots = torch.arange(4, dtype=torch.int32)[None]
     wanted = draw("1 0 0 0\n1 1 0 0\n1 1 1 0\n1 1 1 1").bool()
-    assert torch.equal(make_dense_mask(labels, slots, labels, visibility)[0], wanted)
+    assert torch.equal(make_dense_mask(small_rule(labels, slots, labels, visibility))[0], wanted)
 
 
 def test_tables_by_hand():
@@ -137,20 +163,20 @@ def test_tables_have_the_size_asked_for(device):
     assert visibility.device.type == bias.device.type == device.type
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_dense_mask_equals_the_rule(seed):
-    case = random_case(seed, tokens=9, blocks=1)[:4]
-    assert torch.equal(make_dense_mask(*case), naive_mask(*case))
+    rule = random_rule(seed, tokens=9, blocks=1)
+    assert torch.equal(make_dense_mask(rule), naive_mask(rule))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 32, 128, 512])
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), blocks=st.integers(1, 6))
 def test_decode_lists_stand_for_the_dense_mask(tokens, seed, blocks):
-    case = random_case(seed, tokens, blocks)
-    mask = make_decode_mask(*case)
-    assert_stands_for(mask, make_dense_mask(*case[:4]))
-    assert mask[:5] == case
+    rule = random_rule(seed, tokens, blocks)
+    mask = make_decode_mask(rule)
+    assert_stands_for(mask, make_dense_mask(rule))
+    assert mask.rule is rule
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -158,37 +184,38 @@ def test_decode_lists_stand_for_the_dense_mask(tokens, seed, blocks):
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**32), blocks=st.integers(1, 4))
 def test_prefill_lists_stand_for_the_dense_mask(tokens, group_size, seed, blocks):
-    case = random_case(seed, tokens, blocks)
-    mask = make_prefill_mask(*case, group_size)
-    assert_stands_for(mask, make_dense_mask(*case[:4]))
-    assert mask[:5] == case
+    rule = random_rule(seed, tokens, blocks)
+    mask = make_prefill_mask(rule, group_size)
+    assert_stands_for(mask, make_dense_mask(rule))
+    assert mask.rule is rule
 
 
 def test_compiled_prefill_lists_equal_eager_ones():
-    """One graph for every case of a size: what differs lies in tensors."""
+    """One graph for every rule of a size, and one with a window: what differs lies in tensors."""
     make = torch.compile(make_prefill_mask, fullgraph=True, dynamic=False)
     torch._dynamo.utils.counters.clear()
-    for seed in range(6):
-        case = random_case(seed, tokens=128, blocks=4)
-        assert_stands_for(make(*case, 3), make_dense_mask(*case[:4]))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    rules = [random_rule(seed, tokens=128, blocks=4) for seed in range(8)]
+    for rule in rules:
+        assert_stands_for(make(rule, 3), make_dense_mask(rule))
+    assert {rule.query_floors is None for rule in rules} == {True, False}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_compiled_decode_lists_equal_eager_ones():
     make = torch.compile(make_decode_mask, fullgraph=True, dynamic=False)
-    for seed in range(6):
-        case = random_case(seed, tokens=8, blocks=4)
-        assert_stands_for(make(*case), make_dense_mask(*case[:4]))
+    for seed in range(8):
+        rule = random_rule(seed, tokens=8, blocks=4)
+        assert_stands_for(make(rule), make_dense_mask(rule))
 
 
 def test_random_cases_have_blocks_of_every_kind():
     """Else the tests above would show little."""
     full = partial = skipped = 0
     for seed in range(40):
-        mask = make_decode_mask(*random_case(seed, tokens=8, blocks=4))
-        listed = mask.num_full + mask.num_partial
-        full += int(mask.num_full.sum())
-        partial += int(mask.num_partial.sum())
+        lists = make_decode_mask(random_rule(seed, tokens=8, blocks=4)).blocks
+        listed = lists.num_full + lists.num_partial
+        full += int(lists.num_full.sum())
+        partial += int(lists.num_partial.sum())
         skipped += int((4 - listed).sum())
     assert min(full, partial, skipped) > 10
 
@@ -199,25 +226,44 @@ def test_blocks_that_nobody_sees_are_skipped():
     visibility, bias = make_tables([{1: {1: 0.0}, 2: {2: 0.0}}], 4, CPU)
     labels = torch.ones(1, 1, dtype=torch.int32)
     slots = torch.tensor([[2 * KV_BLOCK + 5]], dtype=torch.int32)
-    for mask in (
-        make_decode_mask(labels, slots, key_labels, visibility, bias),
-        make_prefill_mask(labels, slots, key_labels, visibility, bias, 2),
-    ):
-        assert listed_blocks(mask.num_full, mask.full, 0, 0) == [1]
-        assert listed_blocks(mask.num_partial, mask.partial, 0, 0) == [2]
+    rule = AttentionRule(labels, slots, key_labels, visibility, bias)
+    for mask in (make_decode_mask(rule), make_prefill_mask(rule, 2)):
+        lists = mask.blocks
+        assert listed_blocks(lists.num_full, lists.full, 0, 0) == [1]
+        assert listed_blocks(lists.num_partial, lists.partial, 0, 0) == [2]
+
+
+def test_a_window_cuts_by_position_and_not_by_slot():
+    """Two segments at the same positions, one after the other in slots: both are as near.
+
+    A window of 3 at position 4 sees positions 2, 3 and 4: the last two tokens of each segment.
+    """
+    key_positions = torch.tensor([[0, 1, 2, 3, 1, 2, 3, 4]], dtype=torch.int32)
+    key_positions = F.pad(key_positions, (0, KV_BLOCK - 8))
+    visibility, bias = make_tables([{0: {0: 0.0}}], 1, CPU)
+    labels = torch.zeros(1, 1, dtype=torch.int32)
+    slots = torch.tensor([[7]], dtype=torch.int32)
+    key_labels = torch.zeros(1, KV_BLOCK, dtype=torch.int32)
+    rule = AttentionRule(labels, slots, key_labels, visibility, bias)
+    windowed = add_window(rule, torch.tensor([[4]]), key_positions, 3)
+    assert (
+        make_dense_mask(windowed)[0, 0, :8].tolist() == draw("0 0 1 1 0 1 1 1").bool()[0].tolist()
+    )
 
 
 def test_decode_lists_on_each_device(device):
     """Triton's decode kernel shares its work out over partial blocks: on CUDA all are partial."""
-    case = tuple(part.to(device) for part in random_case(1, tokens=8, blocks=4))
-    mask = make_decode_mask(*case)
-    dense = make_dense_mask(*case[:4]).cpu()
+    rule = random_rule(1, tokens=8, blocks=4)
+    rule = AttentionRule(*(None if part is None else part.to(device) for part in rule))
+    mask = make_decode_mask(rule)
+    dense = make_dense_mask(rule).cpu()
     if device.type == "cpu":
         return assert_stands_for(mask, dense)
-    assert not mask.num_full.any()
+    lists = mask.blocks
+    assert not lists.num_full.any()
     visible = dense.view(2, 8, -1, KV_BLOCK).any(dim=3).any(dim=1)
     for row in range(2):
-        listed = listed_blocks(mask.num_partial, mask.partial, row, 0)
+        listed = listed_blocks(lists.num_partial, lists.partial, row, 0)
         assert listed == visible[row].nonzero().flatten().tolist()
     return None
 
@@ -227,6 +273,6 @@ def test_padding_sees_slot_0_alone():
     visibility, _ = make_tables([{0: {0: 0.0}, 1: {1: 0.0}}], 2, CPU)
     labels = torch.zeros(1, 3, dtype=torch.int32)
     key_labels = torch.zeros(1, KV_BLOCK, dtype=torch.int32)
-    dense = make_dense_mask(labels, labels, key_labels, visibility)
+    dense = make_dense_mask(small_rule(labels, labels, key_labels, visibility))
     assert dense[:, :, 0].all()
     assert dense.sum() == 3

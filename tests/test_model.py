@@ -30,6 +30,8 @@ LLAMA3 = {
     # Short enough that toy heads have fast, slow and blended frequencies.
     "original_max_position_embeddings": 64,
 }
+SCALED = {"rope_theta": 10000.0, "factor": 3.0}
+YARN = {**SCALED, "rope_type": "yarn", "original_max_position_embeddings": 64}
 # name: family, and what its config says beside the defaults of `make_model`, which has G = 2
 VARIANTS = {
     "llama 2": ("llama", {"num_key_value_heads": 4}),
@@ -61,10 +63,35 @@ VARIANTS = {
             "rms_norm_eps": 1e-3,
         },
     ),
+    "llama, linear": ("llama", {"rope_parameters": {**SCALED, "rope_type": "linear"}}),
+    # Within the original length, 256: transformers changes frequencies from call to call beyond.
+    "llama, dynamic": ("llama", {"rope_parameters": {**SCALED, "rope_type": "dynamic"}}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral, window": ("mistral", {"sliding_window": 11}),
+    "mistral, window as long as a block": ("mistral", {"sliding_window": 128}),
     "qwen2": ("qwen2", {}),
+    "qwen2, window in some layers": (
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen2, yarn": ("qwen2", {"rope_parameters": {**YARN, "truncate": False}}),
     "qwen2, tied, G = 4": ("qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
     "qwen3, G = 1": ("qwen3", {"num_key_value_heads": 4}),
+    "qwen3, every other layer slides": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "qwen3, tied, attention bias": (
         "qwen3",
         {"attention_bias": True, "tie_word_embeddings": True},

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference import rope_by_hand
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -19,11 +20,24 @@ LLAMA3 = {
     "original_max_position_embeddings": 512,
 }
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
 KINDS = {
     "default": DEFAULT,
     "default, large theta": {**DEFAULT, "rope_theta": 1e6},
     "llama3": LLAMA3,
     "llama3, factor 32": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
+    "linear": {**DEFAULT, "rope_type": "linear", "factor": 4.0},
+    "dynamic": {**DEFAULT, "rope_type": "dynamic", "factor": 2.0},
+    "yarn": YARN,
+    # Qwen 2.5's model card; fractions of pairs; and a ramp that is a step.
+    "yarn, Qwen 2.5": {**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 32768},
+    "yarn, not truncated": {**YARN, "truncate": False, "beta_fast": 20, "beta_slow": 2},
+    "yarn, step": {**YARN, "truncate": False, "beta_fast": 2, "beta_slow": 2},
 }
 
 
@@ -52,6 +66,21 @@ def test_frequencies_equal_transformers(kind, head_dim):
     assert inv_freq.dtype == torch.float32
     # The same few float32 operations, in another order: some units in the last place.
     torch.testing.assert_close(inv_freq, wanted, rtol=4e-7, atol=0)
+    by_hand, factor = rope_by_hand(config)
+    torch.testing.assert_close(inv_freq, torch.tensor(by_hand), rtol=1e-6, atol=0)
+    assert config.attention_scale == pytest.approx(factor**2 / head_dim**0.5)
+
+
+@pytest.mark.parametrize("length", [100, 4096, 4097, 8192, 20000])
+def test_dynamic_frequencies_equal_transformers_at_any_length(length):
+    hub, config = make_configs(KINDS["dynamic"], 64)
+    rope = LlamaRotaryEmbedding(hub)
+    rope(torch.zeros(1), torch.arange(length)[None])
+    own = make_inv_freq(config, config.rope_length(length))
+    torch.testing.assert_close(own, rope.inv_freq, rtol=4e-7, atol=0)
+    by_hand, _ = rope_by_hand(config, config.rope_length(length))
+    torch.testing.assert_close(own, torch.tensor(by_hand), rtol=1e-6, atol=0)
+    assert torch.equal(own, make_inv_freq(config)) == (length <= 4096)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +89,9 @@ def test_rotation_equals_transformers(kind):
     q, k = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
     positions = torch.randint(0, 4096, (2, 9))
     rope = LlamaRotaryEmbedding(hub)
-    wanted_q, wanted_k = apply_rotary_pos_emb(q, k, *rope(q, positions))
+    # YaRN's factor is ours on the scores, and theirs on cosine and sine.
+    turns = (part / rope.attention_scaling for part in rope(q, positions))
+    wanted_q, wanted_k = apply_rotary_pos_emb(q, k, *turns)
     cos, sin = make_cos_sin(rope.inv_freq, positions)
     # Equal frequencies, so only sin and cos themselves and one rounding of values near 3 differ.
     torch.testing.assert_close(apply_rope(q, cos, sin), wanted_q, rtol=0, atol=2e-6)
