@@ -24,7 +24,6 @@ from minifuse.model import (
     AttentionRule,
     LayerMasks,
     Params,
-    add_window,
     forward,
     unembed,
 )
@@ -80,7 +79,7 @@ class Context(NamedTuple):
     """What the tokens of a call find: where keys lie, how they turn, and who sees them."""
 
     key_labels: Tensor  # i32[B, S], 0 where nothing is written
-    key_positions: Tensor  # i32[B, S]
+    key_positions: Tensor  # i64[B, S]
     inv_freq: Tensor  # f32[B, D/2]
     visibility: Tensor  # bool[B, L, L]
     bias: Tensor  # f32[B, L, L]
@@ -142,13 +141,15 @@ def _forward(
 ) -> Tensor:
     tokens, positions, slots, labels = inputs
     key_labels, key_positions, inv_freq, visibility, bias = context
-    rule = AttentionRule(labels, slots.int(), key_labels, visibility, bias)
-    full = sliding = None
-    if len(config.sliding_layers) < config.num_hidden_layers:
-        full = make_mask(rule)
-    if config.sliding_layers:
-        sliding = make_mask(add_window(rule, positions, key_positions, config.sliding_window))
-    masks = LayerMasks(full, sliding)
+    rule = AttentionRule(labels, slots, key_labels, visibility, bias)
+    windowed = rule._replace(
+        query_positions=positions, key_positions=key_positions, window=config.sliding_window
+    )
+    num_sliding = len(config.sliding_layers)
+    masks = LayerMasks(
+        full=make_mask(rule) if num_sliding < config.num_hidden_layers else None,
+        sliding=make_mask(windowed) if num_sliding else None,
+    )
     return forward(params, config, tokens, positions, slots, inv_freq, cache, masks)
 
 
@@ -196,7 +197,7 @@ class Executor:
             shape = (size.rows, size.slots)
             context = Context(
                 key_labels=torch.zeros(shape, dtype=torch.int32, device=self.device),
-                key_positions=torch.zeros(shape, dtype=torch.int32, device=self.device),
+                key_positions=torch.zeros(shape, dtype=torch.long, device=self.device),
                 inv_freq=inv_freq.to(self.device),
                 visibility=visibility,
                 bias=bias,
@@ -253,8 +254,7 @@ class Executor:
         source, target, turns, labels = torch.tensor(filled, device=self.device).movedim(-1, 0)
         key_labels, key_positions, inv_freq, *_ = session.context
         key_labels.scatter_(1, target, labels.int())
-        moved = key_positions.gather(1, source) + turns.int()
-        key_positions.scatter_(1, target, moved)
+        key_positions.scatter_(1, target, key_positions.gather(1, source) + turns)
         move_keys(session.cache, source, target, turns, inv_freq)
 
     @torch.inference_mode()
@@ -276,7 +276,7 @@ class Executor:
         token_ids, positions, slots, labels = torch.tensor(filled, device=self.device).unbind(-1)
         inputs = Inputs(token_ids, positions, slots, labels.int())
         session.context.key_labels.scatter_(1, slots, inputs.labels)
-        session.context.key_positions.scatter_(1, slots, positions.int())
+        session.context.key_positions.scatter_(1, slots, positions)
         outputs = []
         for chunk in zip(*(part.split(list(sizes), dim=1) for part in inputs), strict=True):
             # Contiguous and compact: a graph is compiled for one stride pattern.

@@ -53,16 +53,19 @@ class AttentionRule(NamedTuple):
     """Who sees whom, as tensors alone, so that no value in it ever recompiles a graph.
 
     A query sees a key if the table says so for their labels, and the key's slot is not later than
-    its own. In layers with a sliding window the key's position has to lie above a floor as well.
+    its own. In layers with a sliding window the key has to be one of the last `window` positions
+    as well. The tensors are inputs of the graph, none is computed in it: Inductor finds no kernel
+    where flex_attention captures what is not in memory (torch 2.13, CPU).
     """
 
     query_labels: Tensor  # i32[B, T]
-    query_slots: Tensor  # i32[B, T]
+    query_slots: Tensor  # i64[B, T]
     key_labels: Tensor  # i32[B, S]
     visibility: Tensor  # bool[B, L, L]
     bias: Tensor  # f32[B, L, L]
-    query_floors: Tensor | None = None  # i32[B, T]
-    key_positions: Tensor | None = None  # i32[B, S]
+    query_positions: Tensor | None = None  # i64[B, T]
+    key_positions: Tensor | None = None  # i64[B, S]
+    window: int | None = None
 
 
 class BlockLists(NamedTuple):
@@ -124,19 +127,10 @@ def is_visible(rule: AttentionRule, b: Tensor, t: Tensor, k: Tensor) -> Tensor:
     label = lookup(rule.query_labels, b, t)
     seen = lookup(rule.visibility, b, label, lookup(rule.key_labels, b, k))
     seen = seen & (k <= lookup(rule.query_slots, b, t))
-    if rule.query_floors is not None:
-        seen = seen & (lookup(rule.key_positions, b, k) > lookup(rule.query_floors, b, t))
+    if rule.window is not None:
+        distance = lookup(rule.query_positions, b, t) - lookup(rule.key_positions, b, k)
+        seen = seen & (distance < rule.window)
     return seen
-
-
-def add_window(
-    rule: AttentionRule, positions: Tensor, key_positions: Tensor, window: int
-) -> AttentionRule:
-    """The same rule for layers in which a token sees the last `window` positions, its own included.
-
-    positions: i64[B, T], key_positions: i32[B, S]
-    """
-    return rule._replace(query_floors=(positions - window).int(), key_positions=key_positions)
 
 
 def query_block_tokens(num_tokens: int, device_type: str = "cpu") -> int:
@@ -341,16 +335,16 @@ def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor
     blocks = BlockLists(count + num_blocks, listed, count, listed)
     rule = AttentionRule(
         query_labels=torch.zeros(B, T, dtype=torch.int32, device=device),
-        query_slots=places.int(),
+        query_slots=places,
         key_labels=torch.zeros(B, cache.num_slots, dtype=torch.int32, device=device),
         visibility=torch.ones(B, 1, 1, dtype=torch.bool, device=device),
         bias=torch.zeros(B, 1, 1, device=device),
     )
-    sliding = None
-    if config.sliding_layers:
-        slots = torch.arange(cache.num_slots, dtype=torch.int32, device=device).expand(B, -1)
-        sliding = AttentionMask(add_window(rule, places, slots, config.sliding_window), blocks)
-    masks = LayerMasks(AttentionMask(rule, blocks), sliding)
+    slots = torch.arange(cache.num_slots, device=device).expand(B, -1)
+    windowed = rule._replace(
+        query_positions=places, key_positions=slots, window=config.sliding_window
+    )
+    masks = LayerMasks(AttentionMask(rule, blocks), AttentionMask(windowed, blocks))
     inv_freq = make_inv_freq(config, config.rope_length(T)).to(device).expand(B, -1)
     hidden = forward(params, config, tokens, places, places, inv_freq, cache, masks)
     return unembed(params, hidden)

@@ -129,7 +129,7 @@ def test_moved_keys_equal_keys_encoded_at_their_new_positions(family):
         key_labels = torch.zeros(1, 128, dtype=torch.int32)
         key_labels[0, slots[0]] = 1
         labels = torch.ones(1, 8, dtype=torch.int32)
-        rule = AttentionRule(labels, slots.int(), key_labels, visibility, bias)
+        rule = AttentionRule(labels, slots, key_labels, visibility, bias)
         masks = LayerMasks(make_decode_mask(rule), None)
         positions = torch.arange(first_position, first_position + 8)[None]
         with torch.inference_mode():

@@ -46,14 +46,17 @@ SEGMENTS = ["Q: value of a key?\n", "Q: which is the key, and why?\n", "Q: key?\
 REQUEST = {"prefix": "def answer(question):\n", "segments": SEGMENTS, "suffix": "A:"}
 
 
-def make_sharp_model():
-    """A toy whose attention is far from uniform: what sees too much, or too little, shows."""
-    model = make_model("llama", max_position_embeddings=2048)
+def sharpen(model):
+    """Attention far from uniform: what sees too much, or too little, shows."""
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 2
             layer.self_attn.k_proj.weight *= 2
     return model
+
+
+def make_sharp_model():
+    return sharpen(make_model("llama", max_position_embeddings=2048))
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +275,119 @@ def test_greedy_answers_equal_the_reference(fuser, truth, positions, suffix, wei
             torch.testing.assert_close(
                 list(one.logprobs), other.logprobs, atol=TOLERANCE, rtol=0, msg=method
             )
+
+
+SCALED = {"rope_theta": 10000.0, "factor": 3.0}
+# What changes who sees whom, or how keys turn: family, config, and whether frequencies depend on
+# the request (its context is exceeded on purpose).
+FAMILIES = {
+    "mistral": ("mistral", {"sliding_window": 19}),
+    "qwen2, one layer slides": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1},
+    ),
+    "dynamic": (
+        "llama",
+        {
+            "rope_parameters": {**SCALED, "rope_type": "dynamic", "factor": 8.0},
+            "max_position_embeddings": 40,
+        },
+    ),
+    "yarn": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                **SCALED,
+                "rope_type": "yarn",
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_folder(request, tmp_path_factory):
+    family, changes = FAMILIES[request.param]
+    model = sharpen(make_model(family, **changes))
+    return write_hub_folder(tmp_path_factory.mktemp("engine") / family, model)
+
+
+@pytest.fixture(scope="module")
+def family_fuser(family_folder):
+    return minifuse.load(family_folder, compile=False)
+
+
+def truth_of(fuser, request, max_new_tokens) -> reference.Reference:
+    """A reference that knows how far the longest answer of a request with all methods reaches."""
+    case = make_case(fuser, **request)
+    everything = case.prefix_ids + sum(case.segment_ids, ()) + case.suffix_ids
+    length = fuser.model.config.rope_length(len(everything) + max_new_tokens)
+    return reference.Reference(fuser.model.config, fuser.model.params, rope_length=length)
+
+
+@settings(max_examples=15)
+@given(request=requests())
+def test_every_method_of_every_family_equals_the_reference(family_fuser, request):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a segment of one token")
+        results = family_fuser.generate(**request, methods="all", max_new_tokens=3)
+    truth = truth_of(family_fuser, request, 3)
+    assert check_results(family_fuser, truth, results, request, max_new_tokens=3) <= 1
+
+
+def test_families_batched_are_alone_and_stored_prefixes_are_their_own(family_fuser, family_folder):
+    """Rows of a batch differ in length, so in the frequencies of dynamic RoPE as well."""
+    long = {**REQUEST, "segments": [text * 2 for text in SEGMENTS]}
+    requests = [Request(**REQUEST), Request(**long), Request(**REQUEST)]
+    options = {"methods": "all", "max_new_tokens": 3}
+    batch = family_fuser.generate_batch(requests, **options)
+    for request, result in zip((REQUEST, long), batch, strict=False):
+        fresh = minifuse.load(family_folder, compile=False)
+        assert_same(result, fresh.generate(**request, **options))
+        check_results(
+            family_fuser, truth_of(family_fuser, request, 3), result, request, max_new_tokens=3
+        )
+    assert_same(batch[0], batch[2])
+
+
+def test_families_score_by_the_reference(family_fuser):
+    continuations = [" the value", "é", "return the key of 42"]
+    lengths = [len(family_fuser.model.tokenizer.encode(c, is_start=False)) for c in continuations]
+    methods = ["fused", "prob_avg", "fused_plain"]
+    scores = family_fuser.score(**REQUEST, continuations=continuations, methods=methods)
+    case = make_case(family_fuser, **REQUEST)
+    # `fused_plain` reaches furthest.
+    truth = truth_of(family_fuser, REQUEST, max(lengths))
+    for method in methods:
+        for text, score in zip(continuations, scores[method], strict=True):
+            target = family_fuser.model.tokenizer.encode(text, is_start=False)
+            wanted = truth.score(case, method, target)
+            # A sum of some tokens' log-probabilities, each within the tolerance.
+            assert score == pytest.approx(wanted, abs=TOLERANCE * len(target))
+
+
+def test_windows_and_frequencies_matter_here(family_fuser):
+    """The comparisons above say something: without the feature the answers' scores differ."""
+    config = family_fuser.model.config
+    plain = replace(config, sliding_window=None, sliding_layers=(), rope_scaling=None)
+    case = make_case(family_fuser, **REQUEST)
+    truth = truth_of(family_fuser, REQUEST, 1)
+    without = reference.Reference(plain, family_fuser.model.params)
+    for method in ("origin", "fused"):
+        gap = truth.logprobs(case, method, ()) - without.logprobs(case, method, ())
+        assert gap.abs().max() > 100 * TOLERANCE
+
+
+def test_families_compiled_are_eager_and_nothing_recompiles(family_folder, family_fuser):
+    compiled = minifuse.load(family_folder, compile=True)
+    options = {"methods": ["fused", "logit_avg", "fused_plain"], "max_new_tokens": 4}
+    first = compiled.generate(**REQUEST, **options)
+    assert_same(first, family_fuser.generate(**REQUEST, **options))
+    other = {"prefix": "def g:\n", "segments": ["return 42?", " value Z"], "suffix": " ="}
+    before = count_compiled_graphs()
+    assert_same(compiled.generate(**other, **options), family_fuser.generate(**other, **options))
+    assert count_compiled_graphs() == before
 
 
 def test_methods_differ(fuser):

@@ -13,7 +13,6 @@ from minifuse.model import (
     KV_BLOCK,
     AttentionMask,
     AttentionRule,
-    add_window,
     query_block_tokens,
 )
 
@@ -53,16 +52,18 @@ def random_rule(seed: int, tokens: int, blocks: int, rows: int = 2) -> Attention
     visibility[:, 0, 0] = True
     rule = AttentionRule(
         labels_in_runs(tokens, choose(1, 7, 100)),
-        query_slots.int(),
+        query_slots,
         labels_in_runs(slots, choose(20, 128, 300)),
         visibility,
         torch.randn(rows, LABELS, LABELS, generator=g),
     )
     if choose(True, False):
         # Positions near the slots, and not equal to them.
-        key_positions = (torch.arange(slots) - integers(60, rows, slots)).int()
-        positions = query_slots.long() - integers(60, rows, tokens)
-        return add_window(rule, positions, key_positions, choose(1, 50, 200, 1000))
+        return rule._replace(
+            query_positions=query_slots - integers(60, rows, tokens),
+            key_positions=torch.arange(slots) - integers(60, rows, slots),
+            window=choose(1, 50, 200, 1000),
+        )
     return rule
 
 
@@ -77,8 +78,9 @@ def naive_mask(rule: AttentionRule) -> Tensor:
                 may_see = bool(
                     rule.visibility[b, rule.query_labels[b, t], rule.key_labels[b, s]]
                 ) and s <= int(rule.query_slots[b, t])
-                if rule.query_floors is not None:
-                    may_see &= int(rule.key_positions[b, s]) > int(rule.query_floors[b, t])
+                if rule.window is not None:
+                    position, other = rule.query_positions[b, t], rule.key_positions[b, s]
+                    may_see &= int(position) - rule.window < int(other)
                 dense[b, t, s] = may_see
     return dense
 
@@ -135,7 +137,7 @@ def test_the_drawing_of_the_module():
 def test_causality_comes_on_top_of_the_table():
     visibility, _ = make_tables([{1: {1: 0.0}}], 2, CPU)
     labels = torch.ones(1, 4, dtype=torch.int32)
-    slots = torch.arange(4, dtype=torch.int32)[None]
+    slots = torch.arange(4)[None]
     wanted = draw("1 0 0 0\n1 1 0 0\n1 1 1 0\n1 1 1 1").bool()
     assert torch.equal(make_dense_mask(small_rule(labels, slots, labels, visibility))[0], wanted)
 
@@ -191,14 +193,15 @@ def test_prefill_lists_stand_for_the_dense_mask(tokens, group_size, seed, blocks
 
 
 def test_compiled_prefill_lists_equal_eager_ones():
-    """One graph for every rule of a size, and one with a window: what differs lies in tensors."""
+    """One graph for every rule of a size and window: what differs else lies in tensors."""
     make = torch.compile(make_prefill_mask, fullgraph=True, dynamic=False)
     torch._dynamo.utils.counters.clear()
     rules = [random_rule(seed, tokens=128, blocks=4) for seed in range(8)]
     for rule in rules:
         assert_stands_for(make(rule, 3), make_dense_mask(rule))
-    assert {rule.query_floors is None for rule in rules} == {True, False}
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    windows = {rule.window for rule in rules}
+    assert 1 < len(windows) < 6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(windows)
 
 
 def test_compiled_decode_lists_equal_eager_ones():
@@ -225,7 +228,7 @@ def test_blocks_that_nobody_sees_are_skipped():
     key_labels = torch.tensor([2, 1, 1]).repeat_interleave(KV_BLOCK)[None].int()
     visibility, bias = make_tables([{1: {1: 0.0}, 2: {2: 0.0}}], 4, CPU)
     labels = torch.ones(1, 1, dtype=torch.int32)
-    slots = torch.tensor([[2 * KV_BLOCK + 5]], dtype=torch.int32)
+    slots = torch.tensor([[2 * KV_BLOCK + 5]])
     rule = AttentionRule(labels, slots, key_labels, visibility, bias)
     for mask in (make_decode_mask(rule), make_prefill_mask(rule, 2)):
         lists = mask.blocks
@@ -238,14 +241,16 @@ def test_a_window_cuts_by_position_and_not_by_slot():
 
     A window of 3 at position 4 sees positions 2, 3 and 4: the last two tokens of each segment.
     """
-    key_positions = torch.tensor([[0, 1, 2, 3, 1, 2, 3, 4]], dtype=torch.int32)
+    key_positions = torch.tensor([[0, 1, 2, 3, 1, 2, 3, 4]])
     key_positions = F.pad(key_positions, (0, KV_BLOCK - 8))
     visibility, bias = make_tables([{0: {0: 0.0}}], 1, CPU)
     labels = torch.zeros(1, 1, dtype=torch.int32)
-    slots = torch.tensor([[7]], dtype=torch.int32)
+    slots = torch.tensor([[7]])
     key_labels = torch.zeros(1, KV_BLOCK, dtype=torch.int32)
     rule = AttentionRule(labels, slots, key_labels, visibility, bias)
-    windowed = add_window(rule, torch.tensor([[4]]), key_positions, 3)
+    windowed = rule._replace(
+        query_positions=torch.tensor([[4]]), key_positions=key_positions, window=3
+    )
     assert (
         make_dense_mask(windowed)[0, 0, :8].tolist() == draw("0 0 1 1 0 1 1 1").bool()[0].tolist()
     )
@@ -254,7 +259,7 @@ def test_a_window_cuts_by_position_and_not_by_slot():
 def test_decode_lists_on_each_device(device):
     """Triton's decode kernel shares its work out over partial blocks: on CUDA all are partial."""
     rule = random_rule(1, tokens=8, blocks=4)
-    rule = AttentionRule(*(None if part is None else part.to(device) for part in rule))
+    rule = AttentionRule(*(part.to(device) if isinstance(part, Tensor) else part for part in rule))
     mask = make_decode_mask(rule)
     dense = make_dense_mask(rule).cpu()
     if device.type == "cpu":
