@@ -50,6 +50,7 @@ class Tokenizer:
         self._start = _build(plain)
         inner = _without_prefix_space(plain)
         self._inner = self._start if inner == plain else _build(inner)
+        self._is_prefixed_after_control = _prefixes_every_piece(raw)
         self._skipped = frozenset(id for id, token in added.items() if token.special)
         self._decoder = raw.get("decoder")
 
@@ -60,9 +61,9 @@ class Tokenizer:
         raises: CheckpointError where a file is missing, unreadable or holds no tokenizer.
         """
         folder = Path(folder)
-        raw = _read_json(folder / TOKENIZER_FILE)
+        raw = read_json(folder / TOKENIZER_FILE)
         config_path = folder / TOKENIZER_CONFIG_FILE
-        config = _read_json(config_path) if config_path.exists() else None
+        config = read_json(config_path) if config_path.exists() else None
         try:
             return cls(raw, config)
         except CheckpointError as error:
@@ -83,6 +84,41 @@ class Tokenizer:
             raise UsageError(f"text was encoded as the control token {token!r}; rephrase it")
         return ids
 
+    def encode_template(self, text: str, *, is_start: bool) -> list[int]:
+        """Token ids of what a chat template writes: its control tokens are control tokens.
+
+        is_start: as in `encode`; inside a sequence, the text before the first control token gets
+                  no space put in front
+        returns:  no BOS but one that is written
+        raises:   UsageError for text that UTF-8 cannot hold.
+        """
+        check_text(text)
+        encoding = self._full.encode(text, add_special_tokens=False)
+        if is_start:
+            return encoding.ids
+        starts = (
+            start
+            for id, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            if id in self.control_ids
+        )
+        lead_len = next(starts, len(text))
+        rest = self._full.encode(text[lead_len:], add_special_tokens=False).ids
+        return self.encode(text[:lead_len], is_start=False) + rest
+
+    def is_start_after(self, text: str) -> bool:
+        """Whether plain text after a template's text is encoded as if it opened its sequence.
+
+        Some SentencePiece models put their space in front of every text between control tokens.
+        """
+        if not text:
+            return True
+        encoding = self._full.encode(text, add_special_tokens=False)
+        return (
+            self._is_prefixed_after_control
+            and encoding.ids[-1] in self.control_ids
+            and encoding.offsets[-1][1] == len(text)
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out, spaces stay as they are."""
         return self._full.decode(list(ids), skip_special_tokens=True)
@@ -94,6 +130,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact content, control tokens included; None where it has none."""
         return self._full.token_to_id(token)
+
+    def token_of(self, token_id: int) -> str | None:
+        """Content of a token, control tokens included; None where no token has the id."""
+        return self._full.id_to_token(token_id)
 
 
 class Detokenizer:
@@ -169,7 +209,11 @@ def check_text(text: str, name: str = "text") -> None:
         ) from None
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    raises: CheckpointError that names the file, where it is missing, unreadable or something else.
+    """
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -322,6 +366,28 @@ def _drop_prefix_space(part: dict | None) -> dict | None:
     if part.get("type") == "ByteLevel" and "add_prefix_space" in part:
         return {**part, "add_prefix_space": False}
     return part
+
+
+def _prefixes_every_piece(raw: dict) -> bool:
+    """Whether a space is put in front of each piece between control tokens, not of the first only.
+
+    Of what `_drop_prefix_space` drops, Metaspace's scheme `first` alone looks at the place.
+    """
+    parts = [raw.get("normalizer"), raw.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop()
+        if part is None:
+            continue
+        kind = part.get("type")
+        if kind == "Sequence":
+            parts += part.get("normalizers") or part.get("pretokenizers") or []
+        elif kind == "Metaspace":
+            scheme = part.get("prepend_scheme", "always")
+            if scheme == "always" and part.get("add_prefix_space", True):
+                return True
+        elif kind == "Prepend" or (kind == "ByteLevel" and part.get("add_prefix_space")):
+            return True
+    return False
 
 
 def _find_bos_ids(processor: dict | None) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ ORDER = """
     errors config cards
     layout methods
     rope cache model masks
-    tokenizer checkpoint gguf loader
+    tokenizer sandbox chat checkpoint gguf loader
     normalize results sampling
     executor request engine jsonl generate
 """.split()
@@ -74,6 +74,11 @@ def test_the_decoder_knows_neither_text_nor_methods(module):
 def test_plain_data_needs_the_standard_library_alone(module):
     names = imports_of(ROOT / "minifuse" / f"{module}.py", typing_too=True)
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "minifuse"}
+
+
+def test_the_sandbox_stands_alone():
+    names = imports_of(ROOT / "minifuse" / "sandbox.py", typing_too=True)
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "jinja2"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

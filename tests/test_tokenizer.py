@@ -334,6 +334,78 @@ def test_nul_is_ordinary_text():
         assert OURS[kind].decode(OURS[kind].encode("a\0b", is_start=True)) == "a\0b"
 
 
+# Template text
+
+
+@every_kind
+@given(data=st.data())
+def test_template_text_at_the_start_is_what_the_tokenizer_itself_makes_of_it(kind, data):
+    contents = [t.content for t in RAW[kind].get_added_tokens_decoder().values()]
+    fragments = st.lists(st.one_of(st.sampled_from([*contents, "user\n", " "]), st.text()))
+    text = "".join(data.draw(fragments))
+    ids = OURS[kind].encode_template(text, is_start=True)
+    assert ids == RAW[kind].encode(text, add_special_tokens=False).ids
+
+
+@every_kind
+@given(
+    lead=st.one_of(st.text(), st.sampled_from([*HARD_TEXTS, "\n", " the", "the \n"])),
+    data=st.data(),
+)
+def test_template_text_inside_is_plain_up_to_its_first_control_token(kind, lead, data):
+    ours, raw = OURS[kind], RAW[kind]
+    controls = [ours.token_of(id) for id in sorted(ours.control_ids)]
+    if any(content in lead for content in controls) or not ours.control_ids.isdisjoint(
+        raw.encode(lead, add_special_tokens=False).ids
+    ):
+        return
+    assert ours.encode_template(lead, is_start=False) == ours.encode(lead, is_start=False)
+    rest = data.draw(st.sampled_from(controls)) + data.draw(st.sampled_from(["", "the", " a\n"]))
+    if kind == "qwen" and rest.startswith("tool"):
+        # Normalised tokens are looked for after the others, in text that may have changed.
+        return
+    assert ours.encode_template(lead + rest, is_start=False) == [
+        *ours.encode(lead, is_start=False),
+        *raw.encode(rest, add_special_tokens=False).ids,
+    ]
+
+
+def test_template_text_has_control_tokens_and_no_bos_of_its_own():
+    ours = OURS["llama2"]
+    the, bos = ours.token_id("▁the"), ours.token_id("<s>")
+    assert ours.encode_template("the", is_start=True) == [the]
+    assert ours.encode_template("<s>the", is_start=True) == [bos, the]
+    assert ours.encode_template(" the<s>", is_start=False) == [the, bos]
+    assert the not in ours.encode_template("the<s>", is_start=False)
+    assert ours.encode_template("", is_start=True) == ours.encode_template("", is_start=False) == []
+    with pytest.raises(UsageError, match="lone surrogate"):
+        ours.encode_template("\ud800", is_start=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        ("llama2", "", True),
+        ("llama2", "user\n<s>", True),
+        ("llama2", "<s>\n", False),
+        ("metaspace_always", "<s>", True),
+        ("metaspace_first", "<s>", False),
+        ("unigram", "<s>", True),
+        ("gpt2", "<|endoftext|>", True),
+        ("gpt2", "the", False),
+        ("smollm", "<|im_start|>", False),
+    ],
+)
+def test_whether_a_text_starts_after_template_text(kind, text, expected):
+    ours = OURS[kind]
+    assert ours.is_start_after(text) is expected
+    together = ours.encode_template(text + "the", is_start=True)
+    assert together == [
+        *ours.encode_template(text, is_start=True),
+        *ours.encode("the", is_start=expected),
+    ]
+
+
 # BOS, vocabulary, tokenizer_config.json
 
 
