@@ -6,8 +6,8 @@ implemented, or refused by name; a field nobody here knows is reported as a warn
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from minifuse.errors import ConfigError, UsageError
 
@@ -291,10 +291,10 @@ _FAMILIES = {
 
 
 def _refuse_unsupported(raw: dict) -> None:
-    for field, neutral in _NEUTRAL_VALUES.items():
-        if field in raw and raw[field] not in neutral:
+    for name, neutral in _NEUTRAL_VALUES.items():
+        if name in raw and raw[name] not in neutral:
             raise ConfigError(
-                f"config field {field} is {raw[field]!r}, which minifuse does not implement; "
+                f"config field {name} is {raw[name]!r}, which minifuse does not implement; "
                 f"wanted {' or '.join(map(repr, neutral))}"
             )
     unknown = sorted(set(raw) - _HARMLESS_FIELDS - _READ_FIELDS - set(_NEUTRAL_VALUES))
@@ -528,6 +528,29 @@ class FusionConfig:
             )
         _check_number("beta", self.beta, -math.inf, math.inf)
         _check_number("balance", self.balance, -math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How a chat template is asked to render.
+
+    system:    a system message that opens the conversation
+    variables: what else the template asks for, such as {"enable_thinking": False}; JSON values
+    """
+
+    system: str | None = None
+    variables: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.system is not None and not isinstance(self.system, str):
+            raise UsageError(f"system is {type(self.system).__name__}; wanted a string")
+        is_named = isinstance(self.variables, Mapping) and all(
+            isinstance(name, str) for name in self.variables
+        )
+        if not is_named:
+            raise UsageError(
+                f"chat_variables is {self.variables!r}; wanted a dict from names to JSON values"
+            )
 
 
 def is_finite(value: int | float) -> bool:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from minifuse.cache import KVCache, cache_bytes, copy_prefix, snapshot_prefix
+from minifuse.chat import read_chat_template, render_frame
+from minifuse.config import ChatConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Size, Token, round_up
 from minifuse.layout import Encoding, Part, Span
@@ -32,12 +34,14 @@ from minifuse.methods import (
 )
 from minifuse.request import (
     AnswerState,
+    Frame,
     FusionOptions,
     Job,
     Options,
     Plan,
     Request,
     encode_continuations,
+    make_frame,
     make_job,
     make_plan,
 )
@@ -81,6 +85,7 @@ class Fuser:
         self.model = model
         self.load_s = load_s
         self.executor = Executor(model.config, model.params, compile=compile)
+        self._frames: dict[str | None, Frame] = {}
         self._prefixes: OrderedDict[tuple[tuple[int, ...], int | None], KVCache] = OrderedDict()
 
     def generate(
@@ -96,8 +101,9 @@ class Fuser:
 
         weights: one number per segment, or the signal to find them by ("likelihood" or
                  "confidence")
-        options: methods (names, aliases or "all"), positions, beta, balance, max_new_tokens,
-                 temperature, top_k, top_p, stop, seed; see FusionConfig and GenerationConfig
+        options: methods (names, aliases or "all"), positions, beta, balance, chat, system,
+                 chat_variables, max_new_tokens, temperature, top_k, top_p, stop, seed; see
+                 FusionConfig, ChatConfig and GenerationConfig
         returns: by canonical method name; `per_prompt` gives a list, one for each segment
         raises:  UsageError for input that cannot be run as asked, MinifuseError where memory or
                  the model's numbers do not suffice
@@ -184,9 +190,24 @@ class Fuser:
 
         raises: UsageError for what cannot be run, or needs more positions than the model has.
         """
-        job = make_job(self.model.tokenizer, request, plan)
+        job = make_job(self.model.tokenizer, request, plan, self._frame(plan.chat))
         job.measure(self.model.config.context_length)
         return job
+
+    def _frame(self, chat: ChatConfig | None) -> Frame:
+        """What stands around messages; a chat template is rendered once for each way of asking.
+
+        raises: UsageError where there is no template or it refuses what is asked, CheckpointError
+                where it is faulty.
+        """
+        key = None if chat is None else repr((chat.system, sorted(chat.variables.items())))
+        if key not in self._frames:
+            rendered = None
+            if chat is not None:
+                template = read_chat_template(self.model.folder)
+                rendered = render_frame(template, system=chat.system, variables=chat.variables)
+            self._frames[key] = make_frame(self.model.tokenizer, rendered)
+        return self._frames[key]
 
     def _size_of(self, jobs: Sequence[Job]) -> Size:
         """What the jobs take together.

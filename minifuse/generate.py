@@ -8,6 +8,7 @@ to standard error. Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 in
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import sys
@@ -55,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m minifuse.generate",
         description="Answer one question from many phrasings of it, fused inside attention.",
-        epilog=r"--prefix TEXT, --template, --suffix and --stop read \n, \t and \\ as newline, "
-        "tab and backslash.",
+        epilog=r"--prefix TEXT, --template, --suffix, --system and --stop read \n, \t and \\ as "
+        "newline, tab and backslash.",
         allow_abbrev=False,
     )
     _add_prompt_flags(parser)
@@ -78,13 +79,28 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--template",
         metavar="TEXT",
-        help=f'what a paraphrase is put into, at its one {{}} (default: "{_escape(TEMPLATE)}")',
+        help=f'what a paraphrase is put into, at its one {{}} (default: "{_escape(TEMPLATE)}"; '
+        "with --chat the paraphrase itself)",
     )
     add(
         "--suffix",
-        default=_escape(SUFFIX),
         metavar="TEXT",
-        help='what opens the answer (default: "%(default)s")',
+        help=f'what opens the answer (default: "{_escape(SUFFIX)}"; with --chat nothing)',
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="put prefix and paraphrase into the model's chat template, as the user's message",
+    )
+    add("--system", metavar="TEXT", help="a system message, for --chat")
+    add(
+        "--chat-variable",
+        action="append",
+        default=[],
+        dest="chat_variables",
+        metavar="NAME=VALUE",
+        help="what else the chat template asks for, as JSON or plain text, such as "
+        "enable_thinking=false; may be repeated",
     )
     add(
         "--input",
@@ -155,7 +171,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TEXT",
         help="ends an answer and is left out of it; may be repeated; `none` switches it off "
-        f'(default: "{_escape(STOP)}")',
+        f'(default: "{_escape(STOP)}"; with --chat none)',
     )
 
 
@@ -249,8 +265,11 @@ def _read_options(args: argparse.Namespace) -> Options:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=_read_stop(args.stop),
+        stop=_read_stop(args.stop, is_chat=args.chat),
     )
+    if not args.chat and (args.system is not None or args.chat_variables):
+        flag = "--chat-variable" if args.system is None else "--system"
+        raise UsageError(f"{flag} is for a chat template; wanted --chat beside it")
     fusion = FusionConfig(positions=args.positions, beta=args.beta, balance=args.balance)
     if args.stream and args.input:
         raise UsageError("--stream shows one request; leave it out with --input")
@@ -261,13 +280,27 @@ def _read_options(args: argparse.Namespace) -> Options:
         positions=fusion.positions,
         beta=fusion.beta,
         balance=fusion.balance,
+        chat=args.chat,
+        system=None if args.system is None else checked(_unescape(args.system), "--system"),
+        chat_variables=dict(map(_read_variable, args.chat_variables)),
         **asdict(generation),
     )
 
 
-def _read_stop(values: list[str] | None) -> tuple[str, ...]:
+def _read_variable(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value that is no JSON is a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--chat-variable is {text!r}; wanted NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, checked(value, "--chat-variable")
+
+
+def _read_stop(values: list[str] | None, *, is_chat: bool) -> tuple[str, ...]:
     if values is None:
-        return (STOP,)
+        return () if is_chat else (STOP,)
     if values == ["none"]:
         return ()
     if "none" in values:
@@ -278,7 +311,9 @@ def _read_stop(values: list[str] | None) -> tuple[str, ...]:
 def _read_prompts(args: argparse.Namespace) -> list[PromptLine]:
     """The requests of `--input`, or the one that the command line holds."""
     prefix = _read_prefix(args.prefix)
-    suffix = checked(_unescape(args.suffix), "--suffix")
+    suffix = "" if args.chat else SUFFIX
+    if args.suffix is not None:
+        suffix = checked(_unescape(args.suffix), "--suffix")
     weights = _parse_weights(args.weights)
     if args.input:
         if args.paraphrases:
@@ -293,7 +328,7 @@ def _read_prompts(args: argparse.Namespace) -> list[PromptLine]:
         return read_input(args.input, prefix=prefix, suffix=suffix, weights=weights)
     if not args.paraphrases:
         raise UsageError("no paraphrase given; wanted at least one, or --input FILE.jsonl")
-    template = TEMPLATE
+    template = "{}" if args.chat else TEMPLATE
     if args.template is not None:
         template = checked(_unescape(args.template), "--template")
     if template.count("{}") != 1:

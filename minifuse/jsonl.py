@@ -50,6 +50,9 @@ class Options:
     top_p: float
     seed: int
     stop: tuple[str, ...]
+    chat: bool
+    system: str | None
+    chat_variables: dict[str, Any]
 
     def for_engine(self) -> dict[str, Any]:
         """Keyword arguments of `Fuser.generate`, which knows its model and dtype already."""

@@ -61,6 +61,7 @@ class LoadedModel:
     eos_token_ids: any of these ends an answer; empty where checkpoint and card name none
     name:          the card's name, or that of the folder or file
     source:        where the weights came from, with the SHA-256 of their file
+    folder:        in hub layout; the chat template is read from it when it is asked for
     """
 
     config: ModelConfig
@@ -70,6 +71,7 @@ class LoadedModel:
     name: str
     source: str
     dtype: torch.dtype
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def load_model(
         name=origin.name,
         source=origin.source,
         dtype=torch_dtype,
+        folder=origin.folder,
     )
 
 

@@ -4,14 +4,15 @@ A `Job` says which segments, views and streams the methods of a request need, an
 they become known; it computes nothing. The engine runs it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from minifuse.config import FusionConfig, GenerationConfig
+from minifuse.chat import ChatFrame, encode_head, encode_tail
+from minifuse.config import ChatConfig, FusionConfig, GenerationConfig
 from minifuse.errors import UsageError
 from minifuse.executor import Token
 from minifuse.layout import Encoding, PackedPrompt, Part, Prompt, Span, Stream, View
@@ -34,12 +35,19 @@ from minifuse.tokenizer import Tokenizer
 
 
 class FusionOptions(TypedDict, total=False):
-    """What every call may say about fusion; defaults are those of `FusionConfig`."""
+    """What every call may say; defaults are those of `FusionConfig` and `ChatConfig`.
+
+    chat: the user's message is prefix + segment, put into the model's chat template; `system` and
+          `chat_variables` are for the template
+    """
 
     methods: str | Iterable[str]
     positions: str
     beta: float
     balance: float
+    chat: bool
+    system: str | None
+    chat_variables: Mapping[str, object] | None
 
 
 class Options(FusionOptions, total=False):
@@ -70,11 +78,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call asks for, beside its requests."""
+    """What a call asks for, beside its requests; `chat` is None where no template is used."""
 
     methods: tuple[FusionMethod, ...]
     fusion: FusionConfig
     generation: GenerationConfig
+    chat: ChatConfig | None
 
     @property
     def positions(self) -> Encoding:
@@ -88,16 +97,59 @@ def make_plan(
     positions: str = FusionConfig.positions,
     beta: float = FusionConfig.beta,
     balance: float = FusionConfig.balance,
+    chat: bool = False,
+    system: str | None = None,
+    chat_variables: Mapping[str, object] | None = None,
     **generation: Unpack[Options],
 ) -> Plan:
     """Check and sort the options of a call.
 
     raises: UsageError for a bad value, TypeError for an option that does not exist.
     """
+    if not isinstance(chat, bool):
+        raise UsageError(f"chat is {chat!r}; wanted True or False")
+    if not chat and (system is not None or chat_variables):
+        name = "chat_variables" if system is None else "system"
+        raise UsageError(f"{name} is for a chat template; wanted chat beside it")
     return Plan(
         parse_methods(methods),
         FusionConfig(positions=positions, beta=beta, balance=balance),
         GenerationConfig(**generation),
+        ChatConfig(system, chat_variables or {}) if chat else None,
+    )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a user's message as token ids, and how its ends are to be treated.
+
+    head_ids, tail_ids: before and after the message
+    starts_message:     the message is encoded as the start of a text
+    starts_answer:      so is what opens the answer
+    chat:               the template's frame; None where there is no template
+    """
+
+    head_ids: tuple[int, ...]
+    tail_ids: tuple[int, ...] = ()
+    starts_message: bool = True
+    starts_answer: bool = False
+    chat: ChatFrame | None = None
+
+    def trim(self, text: str, *, is_start: bool, is_end: bool) -> str:
+        """A part of the message as the template would put it down."""
+        return text if self.chat is None else self.chat.trim(text, is_start=is_start, is_end=is_end)
+
+
+def make_frame(tokenizer: Tokenizer, chat: ChatFrame | None) -> Frame:
+    """Encode what a chat template writes; without one, the BOS that the tokenizer itself adds."""
+    if chat is None:
+        return Frame(tokenizer.bos_ids)
+    return Frame(
+        head_ids=tuple(encode_head(tokenizer, chat)),
+        tail_ids=tuple(encode_tail(tokenizer, chat)),
+        starts_message=tokenizer.is_start_after(chat.head),
+        starts_answer=tokenizer.is_start_after(chat.tail),
+        chat=chat,
     )
 
 
@@ -279,12 +331,12 @@ class Job:
         self.extent = Extent(dry.packed.num_slots, dry.packed.num_labels, positions, len(views))
 
 
-def make_job(tokenizer: Tokenizer, request: Request, plan: Plan) -> Job:
+def make_job(tokenizer: Tokenizer, request: Request, plan: Plan, frame: Frame) -> Job:
     """Check and encode a request.
 
     raises: UsageError for texts or weights that cannot be run.
     """
-    prompt = encode_prompt(tokenizer, request)
+    prompt = encode_prompt(tokenizer, request, frame)
     signal = plan.fusion.signal
     given = None
     if isinstance(request.weights, str):
@@ -295,31 +347,32 @@ def make_job(tokenizer: Tokenizer, request: Request, plan: Plan) -> Job:
     return Job(prompt, plan, given, signal, PackedPrompt(prompt), SegmentWeights(uniform))
 
 
-def encode_prompt(tokenizer: Tokenizer, request: Request) -> Prompt:
+def encode_prompt(tokenizer: Tokenizer, request: Request, frame: Frame) -> Prompt:
     """Encode each text by itself; they are joined as token ids, never as text."""
     segments = request.segments
     if isinstance(segments, str) or not isinstance(segments, Sequence):
         raise UsageError(f"segments is {type(segments).__name__}; wanted a list of strings")
     if not segments:
         raise UsageError("segments is empty; wanted at least one paraphrase")
-    for name, text in (("prefix", request.prefix), ("suffix", request.suffix)):
+    named = {"prefix": request.prefix, "suffix": request.suffix}
+    named |= {f"segment {number}": text for number, text in enumerate(segments, 1)}
+    for name, text in named.items():
         if not isinstance(text, str):
             raise UsageError(f"{name} is {type(text).__name__}; wanted a string")
-    encode = tokenizer.encode
-    prefix_ids = (
-        *tokenizer.bos_ids,
-        *(encode(request.prefix, is_start=True) if request.prefix else ()),
-    )
+    prefix = frame.trim(request.prefix, is_start=True, is_end=False)
+    is_start = frame.starts_message and not prefix
     segment_ids = []
     for number, text in enumerate(segments, 1):
-        if not isinstance(text, str):
-            raise UsageError(f"segment {number} is {type(text).__name__}; wanted a string")
-        token_ids = tuple(encode(text, is_start=not request.prefix)) if text else ()
+        trimmed = frame.trim(text, is_start=not prefix, is_end=True)
+        token_ids = tuple(tokenizer.encode(trimmed, is_start=is_start))
         if not token_ids:
             raise UsageError(f"segment {number} is {text!r}, which is empty; wanted text")
         segment_ids.append(token_ids)
-    suffix_ids = tuple(encode(request.suffix, is_start=False)) if request.suffix else ()
-    return Prompt(prefix_ids, tuple(segment_ids), suffix_ids)
+    prefix_ids = tokenizer.encode(prefix, is_start=frame.starts_message)
+    suffix_ids = tokenizer.encode(request.suffix, is_start=frame.starts_answer)
+    return Prompt(
+        (*frame.head_ids, *prefix_ids), tuple(segment_ids), (*frame.tail_ids, *suffix_ids)
+    )
 
 
 def encode_continuations(

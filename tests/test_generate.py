@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import minifuse
 from minifuse.config import FusionConfig, GenerationConfig
 from minifuse.generate import build_parser, main, read_input
 
@@ -144,7 +146,11 @@ BAD_USAGE = [
     (["a", "b", "--weights", "1,"], "--weights is '1,'"),
     (["a", "b", "--weights", "guess"], "wanted numbers with commas between them or one of"),
     (["a", "--quantize", "int8"], "unrecognized arguments"),
-    (["a", "--chat"], "unrecognized arguments"),
+    (["a", "--system", "x"], "--system is for a chat template; wanted --chat beside it"),
+    (["a", "--chat-variable", "x=1"], "--chat-variable is for a chat template"),
+    (["a", "--chat", "--chat-variable", "x"], "--chat-variable is 'x'; wanted NAME=VALUE"),
+    (["a", "--chat", "--chat-variable", "=x"], "--chat-variable is '=x'; wanted NAME=VALUE"),
+    (["a", "--chat", "--system", "\udc80"], "--system holds the lone surrogate"),
     (["a", "--temp", "1"], "unrecognized arguments"),
     (["--input", "/nowhere/file"], "--input cannot read /nowhere/file: No such file"),
     (["a", "--input", "x.jsonl"], "1 paraphrases stand beside --input"),
@@ -304,6 +310,91 @@ def test_the_prompt_is_prefix_template_and_suffix(generate, tiny_llama_folder, t
     assert result["token_ids"] == list(expected.token_ids)
     assert result["prompt_tokens"] == expected.prompt_tokens
     assert result["text"] == expected.text
+
+
+CHAT = (
+    "{%- for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
+    "{%- endfor %}<|start|>assistant\n{{ opening }}"
+)
+
+
+@pytest.fixture
+def chat_folder(tiny_llama_folder, tmp_path):
+    folder = shutil.copytree(tiny_llama_folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
+
+
+def test_chat_puts_the_message_into_the_template(chat_folder, tmp_path, capsys):
+    """No default of plain prompts is left: no `Q:`, no `A:`, no stop at a newline."""
+    args = ["Who?", "Which?", "--prefix", "About x.\n", "--chat", "--system", "Be brief."]
+    args += ["--chat-variable", 'opening="Well"', "--chat-variable", "n=3", "--suffix", ", "]
+    args += ["--model", str(chat_folder), "--no-compile", "--json", "--max-new-tokens", "3"]
+    assert main([*args, "--output", str(tmp_path / "out.jsonl")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    fuser = minifuse.load(chat_folder, compile=False)
+    tokenizer = fuser.model.tokenizer
+    generation = fuser.generate(
+        prefix="About x.\n",
+        segments=["Who?", "Which?"],
+        suffix=", ",
+        chat=True,
+        system="Be brief.",
+        chat_variables={"opening": "Well", "n": 3},
+        max_new_tokens=3,
+    )["fused"]
+    assert result["token_ids"] == list(generation.token_ids)
+    texts = {}
+    for entry in generation.layout:
+        ids = entry.token_ids
+        controls = "".join(
+            tokenizer.token_of(i) if i in tokenizer.control_ids else tokenizer.decode([i])
+            for i in ids
+        )
+        texts[entry.part, entry.index] = controls
+    assert texts["prefix", None] == "<|start|>system\nBe brief.<|end|><|start|>user\nAbout x.\n"
+    assert texts["segment", 0] == "Who?"
+    assert texts["suffix", None] == "<|end|><|start|>assistant\nWell, "
+    run = json.loads((tmp_path / "out.jsonl.run.json").read_text())
+    assert "Be brief." in json.dumps(run)
+
+
+def test_another_system_message_is_another_run(chat_folder, requests, tmp_path, capsys):
+    output = str(tmp_path / "out.jsonl")
+    args = ["--input", str(requests), "--output", output, "--model", str(chat_folder), "--chat"]
+    args += ["--no-compile", "--max-new-tokens", "2"]
+    assert main([*args, "--system", "One."]) == 0
+    assert main([*args, "--system", "One."]) == 0
+    capsys.readouterr()
+    assert main([*args, "--system", "Two."]) == 2
+    assert "system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "status", "message"),
+    [
+        (None, 2, "the model has no chat template"),
+        ("{{ messages[0].content", 1, "syntax error"),
+        ("{{ raise_exception('no users here') }}", 2, "refuses the conversation: no users here"),
+        (
+            "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}",
+            1,
+            "CPU",
+        ),
+    ],
+    ids=["none", "syntax", "refusal", "loop"],
+)
+def test_chat_templates_that_do_not_work(template, status, message, chat_folder, capsys):
+    path = chat_folder / "chat_template.jinja"
+    path.unlink()
+    if template is not None:
+        path.write_text(template)
+    assert main(["a", "--chat", "--model", str(chat_folder), "--no-compile"]) == status
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_a_prefix_may_begin_with_an_at_sign(generate):
