@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from minifuse.config import DTYPE_NAMES, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError
@@ -41,6 +42,8 @@ _FILE_DTYPES = {
 }
 
 _COMPARED_ROWS = 4096
+# Loading shows its progress from here on; less takes a moment.
+PROGRESS_BYTES = 10**9
 
 
 class StoredTensor(NamedTuple):
@@ -49,6 +52,10 @@ class StoredTensor(NamedTuple):
     path: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _FILE_DTYPES[self.dtype].itemsize
 
 
 def _layer_table(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -168,9 +175,17 @@ def load_params(
     _check_stored(folder, stored, config)
     names = set(expected_tensors(config))
     # The largest first: what is mapped beside the finished weights shrinks as they grow.
-    stored = {name: stored[name] for name in sorted(names, key=lambda n: -_size(stored[n]))}
+    stored = {name: stored[name] for name in sorted(names, key=lambda n: -stored[n].num_bytes)}
     dtype = dtype or stored_dtype(folder, stored)
-    return params_from_tensors(_read_tensors(stored), config, dtype, device)
+    num_bytes = sum(tensor.num_bytes for tensor in stored.values())
+    with tqdm(
+        desc="loading",
+        total=num_bytes,
+        unit="B",
+        unit_scale=True,
+        disable=num_bytes < PROGRESS_BYTES,
+    ) as bar:
+        return params_from_tensors(_read_tensors(stored, bar), config, dtype, device)
 
 
 def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = None) -> torch.dtype:
@@ -389,11 +404,12 @@ def _check_range(name: str, source: Tensor, cast: Tensor) -> None:
             )
 
 
-def _read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(stored: dict[str, StoredTensor], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stored.items():
         # A mapping counts as memory for as long as it is open, so each tensor gets its own.
         with _open(tensor.path) as file:
             yield name, file.get_tensor(name)
+        bar.update(tensor.num_bytes)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -458,7 +474,3 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
         folder / INDEX_FILE,
         {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
     )
-
-
-def _size(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape)

@@ -11,7 +11,9 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -206,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
         args = build_parser().parse_intermixed_args(argv)
-        with _one_line_warnings():
+        with _one_line_warnings(), _Interrupt():
             _run(args)
         sys.stdout.flush()
     except MinifuseError as error:
@@ -408,6 +410,7 @@ def _answer_file(
                 with bar.external_write_mode(file=sys.stdout):
                     _print_results(results, prompt.id, is_json=args.json)
                     sys.stdout.flush()
+            _Interrupt.check()
 
 
 def _answer_one(
@@ -532,6 +535,33 @@ def _describe_timings(result: "Generation") -> str:
     if decode:
         parts.append(f"decode {sum(decode) / len(decode):.1f} ms a step, {len(decode)} steps")
     return ", ".join(parts)
+
+
+class _Interrupt:
+    """Ctrl-C, made to last: where foreign code swallows the exception, `check` raises it again.
+
+    Python drops what is raised in a destructor or a weak reference's callback, and torch has many.
+    """
+
+    _came = False
+
+    def __enter__(self) -> None:
+        type(self)._came = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> NoReturn:
+        type(self)._came = True
+        raise KeyboardInterrupt
+
+    @classmethod
+    def check(cls) -> None:
+        if cls._came:
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

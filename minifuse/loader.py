@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_dir
 
+from minifuse.cache import cache_bytes
 from minifuse.cards import DEFAULT_CARD, HubSource, ModelCard, PypiSource, read_cards
 from minifuse.checkpoint import (
     DTYPES,
@@ -352,12 +354,24 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    needed = count_parameters(config) * dtype.itemsize
+    """Compare what the model takes with what is free, before anything is allocated.
+
+    raises: MinifuseError where the weights do not fit; a warning where hardly anything else does
+    """
+    weights = count_parameters(config) * dtype.itemsize
+    cache = cache_bytes(config, rows=1, slots=config.context_length, dtype=dtype)
     free = free_memory(device)
-    if needed > free:
-        raise MinifuseError(
-            f"the weights take {needed / 1e9:.2f} GB as {str(dtype).removeprefix('torch.')}, but "
-            f"{device} has {free / 1e9:.2f} GB free; choose a smaller model or dtype"
+    sizes = (
+        f"the weights take {weights / 1e9:.2f} GB as {str(dtype).removeprefix('torch.')}, and "
+        f"{device} has {free / 1e9:.2f} GB free"
+    )
+    if weights > free:
+        raise MinifuseError(f"{sizes}; choose a smaller model or dtype")
+    if weights + min(cache, weights // 4) > free:
+        warnings.warn(
+            f"{sizes}; keys and values of a whole context take {cache / 1e9:.2f} GB more, so long "
+            "prompts may not fit",
+            stacklevel=3,
         )
 
 

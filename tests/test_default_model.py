@@ -16,7 +16,7 @@ from test_engine import (
     nothing_compiles,
     segment_hidden,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minifuse
 from minifuse.engine import Request
@@ -111,6 +111,36 @@ def endless(monkeypatch):
         return fuser
 
     return apply
+
+
+@pytest.mark.parametrize("system", [None, "You answer with one word."])
+def test_a_chat_is_the_prompt_that_transformers_renders(
+    default_fuser, hf_model, hub_folder, system
+):
+    """The same token ids as the whole text gives, and the same answer."""
+    tokenizer = AutoTokenizer.from_pretrained(hub_folder)
+    question = "What is the capital of France?"
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": f"Answer the question.\n{question}"})
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    result = default_fuser.generate(
+        prefix="Answer the question.\n",
+        segments=[question],
+        chat=True,
+        system=system,
+        methods=["origin", "fused"],
+        max_new_tokens=12,
+    )
+    prompt = [id for e in result["origin"].layout if e.part != "answer" for id in e.token_ids]
+    assert prompt == wanted
+    for generation in flat(result):
+        ids = generation.token_ids
+        logprobs = hf_logits(hf_model, wanted, ids).log_softmax(-1)
+        count_near_ties(ids, logprobs, TOLERANCE)
+        if generation.finish_reason == "stop":
+            end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+            assert int(logprobs[len(ids)].argmax()) == end
+    assert "Paris" in result["fused"].text
 
 
 def test_logits_equal_transformers(default_fuser, hf_model):

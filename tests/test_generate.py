@@ -14,6 +14,7 @@ import pytest
 import minifuse
 from minifuse.config import FusionConfig, GenerationConfig
 from minifuse.generate import build_parser, main, read_input
+from minifuse.jsonl import ResultsFile
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ("What is the capital of France?", "France's capital is?", "Capital of France?")
@@ -659,6 +660,32 @@ def test_ctrl_c_leaves_whole_requests(tiny_llama_folder, tmp_path, generate):
     results = read_lines(output)
     assert results[: len(done)] == done
     assert len(results) == len(done) + 6
+
+
+def test_ctrl_c_that_is_swallowed_comes_again(generate, tmp_path, monkeypatch):
+    """Python ignores what a destructor raises; torch runs many of them."""
+
+    class Falls:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(100):  # the signal's handler runs between two of these
+                pass
+
+    def append(self, results):
+        original(self, results)
+        Falls()
+
+    original = ResultsFile.append
+    monkeypatch.setattr(ResultsFile, "append", append)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: swallowed.append(unraisable))
+    swallowed = []
+    path = write_lines(tmp_path / "in.jsonl", [{"segments": [f"Q: {n}\n"]} for n in range(3)])
+    output = tmp_path / "out.jsonl"
+    status, _, error = generate("--input", str(path), "--output", str(output))
+    assert len(swallowed) == 1
+    assert status == 130
+    assert "interrupted: results so far are whole" in error
+    assert len(read_lines(output)) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in another way")
