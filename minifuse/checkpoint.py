@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minifuse.config import DTYPE_NAMES, ModelConfig
-from minifuse.errors import CheckpointError, ConfigError
+from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.model import LayerParams, Params
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -319,11 +319,6 @@ def write_json(path: Path, content: dict) -> None:
     """Write a JSON object for people to read, as UTF-8."""
     text = json.dumps(content, ensure_ascii=False, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def list_names(names: Iterable[str]) -> str:

@@ -26,3 +26,8 @@ class CheckpointError(MinifuseError):
 
 class ModelNotFoundError(MinifuseError):
     """A model name leads nowhere; the message lists what was tried."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

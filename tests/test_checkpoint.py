@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_files import FAMILIES, make_model
 
+from minifuse import checkpoint
 from minifuse.checkpoint import (
     count_parameters,
     expected_tensors,
@@ -27,6 +28,7 @@ VARIANTS = {
     "llama": {},
     "llama-bias": {"attention_bias": True, "mlp_bias": True},
     "llama-tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 8},
     "qwen2": {},
     "qwen3": {},
     "qwen3-tied": {"tie_word_embeddings": True},
@@ -152,6 +154,16 @@ def test_dtype_is_the_configs_else_the_tensors(tmp_path, names):
     params = load_params(tmp_path, config)
     assert params.embed.dtype == params.layers[0].wqkv.dtype == wanted
     assert load_params(tmp_path, config, torch.bfloat16).embed.dtype == torch.bfloat16
+
+
+def test_large_loads_show_their_progress(tmp_path, monkeypatch, capsys):
+    config, _ = save_tiny(tmp_path)
+    load_params(tmp_path, config)
+    assert "loading" not in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "PROGRESS_BYTES", 1000)
+    load_params(tmp_path, config)
+    total = sum(tensor.num_bytes for tensor in find_tensors(tmp_path).values())
+    assert f"{total / 1000:.0f}k/{total / 1000:.0f}k" in capsys.readouterr().err
 
 
 def test_unknown_dtype_of_config_is_named(tmp_path):

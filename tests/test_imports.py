@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports those above it alone: the design's list, as far as it is built. The decoder
 # comes after layout and methods, and imports neither all the same.
 ORDER = """
-    errors config cards
+    errors config hub wheels cards
     layout methods
     rope cache model masks
     tokenizer sandbox chat checkpoint gguf loader
@@ -20,7 +20,7 @@ ORDER = """
 """.split()
 DECODER = ("rope", "cache", "model")
 SOURCES = sorted((ROOT / "minifuse").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
-COMMANDS = ("minifuse.generate", "tools.convert_weights")
+COMMANDS = ("minifuse.cards", "minifuse.generate", "tools.convert_weights")
 
 
 def name_of(path: Path) -> str:
@@ -102,7 +102,8 @@ try:
     runpy.run_module({name!r}, run_name="__main__")
 except SystemExit as done:
     assert not done.code, done.code
-heavy = {{"torch", "spacy", "transformers", "tokenizers", "numpy"}} & set(sys.modules)
+heavy = {{"torch", "spacy", "transformers", "tokenizers", "numpy", "huggingface_hub"}}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
 

