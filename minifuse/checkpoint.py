@@ -1,4 +1,4 @@
-"""Hub checkpoints <-> `Params`: one table of names and shapes, strict both ways, safetensors only.
+"""Hub checkpoints -> `Params`: one table of names and shapes, strict, safetensors only.
 
 Fused weights are stacks of hub tensors (q, k, v; gate, up). Each hub tensor is copied from the
 memory-mapped file straight into its rows of the stack, so no second copy of the weights is held.
@@ -7,14 +7,12 @@ memory-mapped file straight into its rows of the stack, so no second copy of the
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +23,6 @@ from minifuse.model import LayerParams, Params
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 _EMBED = "model.embed_tokens.weight"
 _FINAL_NORM = "model.norm.weight"
@@ -34,7 +31,8 @@ _LM_HEAD = "lm_head.weight"
 # Buffers that older versions of transformers wrote; `rope.make_inv_freq` computes them anew.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-_FILE_DTYPES = {
+# As safetensors spells them.
+FILE_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -55,7 +53,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _FILE_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * FILE_DTYPES[self.dtype].itemsize
 
 
 def _layer_table(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -148,11 +146,11 @@ def params_from_tensors(
     raises:  CheckpointError, naming every missing, unexpected and misshapen tensor
     """
     params, places = allocate_params(config, dtype, device)
-    ledger = _Ledger(config)
+    ledger = Ledger(config)
     for name, tensor in tensors:
         if ledger.admit(name, tuple(tensor.shape)):
             places[name].copy_(tensor)
-            _check_range(name, tensor, places[name])
+            check_range(name, tensor, places[name])
     ledger.close("the weights")
     return params
 
@@ -172,20 +170,11 @@ def load_params(
     """
     folder = Path(folder)
     stored = find_tensors(folder)
-    _check_stored(folder, stored, config)
-    names = set(expected_tensors(config))
+    names = check_stored(folder, stored, config)
     # The largest first: what is mapped beside the finished weights shrinks as they grow.
     stored = {name: stored[name] for name in sorted(names, key=lambda n: -stored[n].num_bytes)}
     dtype = dtype or stored_dtype(folder, stored)
-    num_bytes = sum(tensor.num_bytes for tensor in stored.values())
-    with tqdm(
-        desc="loading",
-        total=num_bytes,
-        unit="B",
-        unit_scale=True,
-        disable=num_bytes < PROGRESS_BYTES,
-    ) as bar:
-        return params_from_tensors(_read_tensors(stored, bar), config, dtype, device)
+    return params_from_tensors(_show_progress(stored), config, dtype, device)
 
 
 def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = None) -> torch.dtype:
@@ -202,7 +191,7 @@ def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = No
                 "ask for one of them by name"
             )
         return DTYPES[name]
-    found = {_FILE_DTYPES[tensor.dtype] for tensor in (stored or find_tensors(folder)).values()}
+    found = {FILE_DTYPES[tensor.dtype] for tensor in (stored or find_tensors(folder)).values()}
     widest = found.pop()
     for dtype in found:
         widest = torch.promote_types(widest, dtype)
@@ -221,7 +210,7 @@ def find_tensors(folder: Path | str) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; wanted weights as safetensors"
         )
-    placed = _read_index(folder / INDEX_FILE)
+    placed = read_index(folder / INDEX_FILE)
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(placed.values())):
         if not (folder / shard).is_file():
@@ -247,54 +236,41 @@ def find_tensors(folder: Path | str) -> dict[str, StoredTensor]:
     return found
 
 
+def check_stored(
+    folder: Path,
+    stored: dict[str, StoredTensor],
+    config: ModelConfig,
+    are_equal: Callable[[StoredTensor, StoredTensor], bool] | None = None,
+) -> list[str]:
+    """Compare what a folder holds with what its config asks for; returns the names to read.
+
+    Buffers of older checkpoints are passed over. A tied head may be stored a second time; other
+    values would contradict the config.
+
+    are_equal: compares the values of embedding and head; None is for safetensors
+    raises:    CheckpointError, naming every missing, unexpected and misshapen tensor at once
+    """
+    ledger = Ledger(config)
+    wanted = []
+    for name, tensor in stored.items():
+        is_second_head = name == _LM_HEAD and config.tie_word_embeddings
+        if not is_second_head and not _HARMLESS.fullmatch(name):
+            ledger.admit(name, tensor.shape)
+            wanted.append(name)
+    ledger.close(f"the weights in {folder}")
+    if config.tie_word_embeddings and _LM_HEAD in stored:
+        pair = stored[_EMBED], stored[_LM_HEAD]
+        if pair[0][1:] != pair[1][1:] or not (are_equal or _are_equal)(*pair):
+            raise CheckpointError(
+                f"the config of {folder} has tie_word_embeddings true, but {_LM_HEAD} differs from "
+                f"{_EMBED}; set tie_word_embeddings to false if the head is meant to be its own"
+            )
+    return wanted
+
+
 def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files that `load_params` reads, sorted."""
     return sorted({tensor.path for tensor in find_tensors(folder).values()})
-
-
-def save_checkpoint(
-    folder: Path | str,
-    config_raw: dict,
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
-    """Write config.json and safetensors, one file or shards with an index, into a folder.
-
-    tensors: pairs of hub name and float tensor, in any order; about one shard is held in memory
-    raises:  CheckpointError, naming every missing, unexpected and misshapen tensor; by then the
-             folder holds files, so write into a temporary one
-    """
-    folder = Path(folder)
-    ledger = _Ledger(ModelConfig.from_hf(config_raw))
-    shards: list[list[str]] = []
-    waiting: dict[str, Tensor] = {}
-    total_bytes = 0
-
-    names = {value: key for key, value in DTYPES.items()}
-    # The older spelling of the field is the one that every version of transformers reads.
-    write_json(folder / "config.json", config_raw | {"torch_dtype": names[dtype]})
-
-    def flush() -> None:
-        path = _numbered(folder, len(shards))
-        save_file(waiting, path, metadata={"format": "pt"})
-        # safetensors makes files that their owner alone may read.
-        shutil.copymode(folder / "config.json", path)
-        shards.append(list(waiting))
-        waiting.clear()
-
-    for name, tensor in tensors:
-        if not ledger.admit(name, tuple(tensor.shape)):
-            continue
-        cast = tensor.to(dtype).contiguous()
-        _check_range(name, tensor, cast)
-        if waiting and sum(t.nbytes for t in waiting.values()) + cast.nbytes > max_shard_bytes:
-            flush()
-        waiting[name] = cast
-        total_bytes += cast.nbytes
-    ledger.close("the weights")
-    flush()
-    _name_shards(folder, shards, total_bytes)
 
 
 def read_json(path: Path) -> dict:
@@ -326,7 +302,7 @@ def list_names(names: Iterable[str]) -> str:
     return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names))
 
 
-class _Ledger:
+class Ledger:
     """Ticks off the tensors that a config expects and remembers what is wrong with the others."""
 
     def __init__(self, config: ModelConfig):
@@ -357,39 +333,19 @@ class _Ledger:
             raise CheckpointError(f"{where} do not match the config; {'; '.join(problems)}")
 
 
-def _check_stored(folder: Path, stored: dict[str, StoredTensor], config: ModelConfig) -> None:
-    ledger = _Ledger(config)
-    for name, tensor in stored.items():
-        is_second_head = name == _LM_HEAD and config.tie_word_embeddings
-        if not is_second_head and not _HARMLESS.fullmatch(name):
-            ledger.admit(name, tensor.shape)
-    ledger.close(f"the weights in {folder}")
-    if config.tie_word_embeddings and _LM_HEAD in stored:
-        _check_tied(folder, stored[_EMBED], stored[_LM_HEAD])
-
-
-def _check_tied(folder: Path, embed: StoredTensor, lm_head: StoredTensor) -> None:
-    """A tied head may be stored a second time; other values would contradict the config."""
-    is_same = embed.shape == lm_head.shape
-    if is_same:
-        with _open(embed.path) as embed_file, _open(lm_head.path) as head_file:
-            embed_rows = embed_file.get_slice(_EMBED)
-            head_rows = head_file.get_slice(_LM_HEAD)
-            is_same = all(
-                torch.equal(
-                    embed_rows[start : start + _COMPARED_ROWS],
-                    head_rows[start : start + _COMPARED_ROWS],
-                )
-                for start in range(0, embed.shape[0], _COMPARED_ROWS)
+def _are_equal(embed: StoredTensor, lm_head: StoredTensor) -> bool:
+    with _open(embed.path) as embed_file, _open(lm_head.path) as head_file:
+        embed_rows, head_rows = embed_file.get_slice(_EMBED), head_file.get_slice(_LM_HEAD)
+        return all(
+            torch.equal(
+                embed_rows[start : start + _COMPARED_ROWS],
+                head_rows[start : start + _COMPARED_ROWS],
             )
-    if not is_same:
-        raise CheckpointError(
-            f"the config of {folder} has tie_word_embeddings true, but {_LM_HEAD} differs from "
-            f"{_EMBED}; set tie_word_embeddings to false if the head is meant to be its own"
+            for start in range(0, embed.shape[0], _COMPARED_ROWS)
         )
 
 
-def _check_range(name: str, source: Tensor, cast: Tensor) -> None:
+def check_range(name: str, source: Tensor, cast: Tensor) -> None:
     """float16 ends at 65504; a wider weight would turn into infinity without a word."""
     if cast.dtype == torch.float16 and source.dtype != torch.float16:
         is_lost = ~torch.isfinite(cast) & torch.isfinite(source).to(cast.device)
@@ -399,12 +355,22 @@ def _check_range(name: str, source: Tensor, cast: Tensor) -> None:
             )
 
 
-def _read_tensors(stored: dict[str, StoredTensor], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
+def _show_progress(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """`read_tensors` with a bar on standard error, where there is much to read."""
+    num_bytes = sum(tensor.num_bytes for tensor in stored.values())
+    is_short = num_bytes < PROGRESS_BYTES
+    with tqdm(desc="loading", total=num_bytes, unit="B", unit_scale=True, disable=is_short) as bar:
+        for name, tensor in read_tensors(stored):
+            yield name, tensor
+            bar.update(stored[name].num_bytes)
+
+
+def read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
+    """Hub name and values of tensors in safetensors files, one at a time."""
     for name, tensor in stored.items():
         # A mapping counts as memory for as long as it is open, so each tensor gets its own.
         with _open(tensor.path) as file:
             yield name, file.get_tensor(name)
-        bar.update(tensor.num_bytes)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -413,11 +379,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
             part = file.get_slice(name)
             found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
-    odd = [f"{name} is {t.dtype}" for name, t in found.items() if t.dtype not in _FILE_DTYPES]
+    odd = [f"{name} is {t.dtype}" for name, t in found.items() if t.dtype not in FILE_DTYPES]
     if odd:
         raise CheckpointError(
             f"{path} holds tensors that are not plain floats: {list_names(odd)}; "
-            f"wanted {', '.join(_FILE_DTYPES)}"
+            f"wanted {', '.join(FILE_DTYPES)}"
         )
     if not found:
         raise CheckpointError(f"{path} holds no tensors")
@@ -433,7 +399,11 @@ def _open(path: Path) -> safe_open:
         ) from error
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard, a path inside of the folder, from the index of a sharded checkpoint.
+
+    raises: CheckpointError
+    """
     placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
@@ -449,23 +419,3 @@ def _is_inside(shard: str) -> bool:
     """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
     windows = PureWindowsPath(shard)
     return bool(windows.parts) and not windows.anchor and ".." not in windows.parts
-
-
-def _numbered(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index}.tmp"
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Give shards their final names, which hold the number of shards, and write the index."""
-    if len(shards) == 1:
-        _numbered(folder, 0).rename(folder / SINGLE_FILE)
-        return
-    weight_map = {}
-    for index, names in enumerate(shards):
-        final = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        _numbered(folder, index).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    write_json(
-        folder / INDEX_FILE,
-        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
-    )

@@ -1,17 +1,14 @@
-"""GGUF -> the hub's layout: config, tensors one at a time, tokenizer files.
+"""GGUF -> the hub's layout: config and tensors, one at a time, with the tokenizer's files.
 
 Whatever changes the result is either carried over exactly or refused by name.
 """
 
-import json
-import shutil
-import tempfile
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from gguf import GGUFReader
 from gguf.gguf_reader import ReaderTensor
@@ -19,16 +16,14 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from minifuse.checkpoint import (
-    DEFAULT_SHARD_BYTES,
-    DTYPES,
-    expected_tensors,
     list_names,
-    save_checkpoint,
     write_json,
 )
 from minifuse.config import ModelConfig
-from minifuse.errors import CheckpointError, ConfigError, MinifuseError, one_line
+from minifuse.errors import CheckpointError, ConfigError, one_line
+from minifuse.gguf_tokenizer import read_tokenizer
 from minifuse.rope import make_inv_freq
+from minifuse.saving import DEFAULT_SHARD_BYTES, save_folder
 
 # GGUF architecture -> the class that transformers names in config.json.
 ARCHITECTURES = {
@@ -60,6 +55,9 @@ _BLOCK_NAMES = {
 }
 _ROPE_FREQS = "rope_freqs.weight"
 
+# Rows are decoded in blocks of about this many numbers, so that only the result is of full size.
+_DECODED_NUMBERS = 2**18
+
 # Metadata under `<architecture>.`: hub config field -> key.
 _CONFIG_KEYS = {
     "hidden_size": "embedding_length",
@@ -77,6 +75,14 @@ _READ_KEYS = frozenset(
         "attention.layer_norm_rms_epsilon",
         "rope.dimension_count",
         "rope.freq_base",
+        "rope.scale_linear",
+        "rope.scaling.factor",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+        "rope.scaling.yarn_attn_factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
         "vocab_size",
     ]
 )
@@ -86,11 +92,18 @@ _NEUTRAL_VALUES = {
     "expert_used_count": (0,),
     "attention.causal": (True,),
     "attention.sliding_window": (0,),
-    "rope.scaling.type": ("none",),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "use_parallel_residual": (False,),
     "logit_scale": (0.0, 1.0),
+}
+
+# YaRN's optional numbers: hub field -> key. llama.cpp's converter copies them as they are.
+_YARN_KEYS = {
+    "attention_factor": "rope.scaling.yarn_attn_factor",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
 }
 
 # Llama 3.1 and 3.2 differ in the factor alone; GGUF keeps the finished divisors, not these.
@@ -99,62 +112,6 @@ _LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}
-
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-
-
-def _byte_level(use_regex: bool) -> dict:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
-def _split(digits: str) -> dict:
-    """GPT-4's way of cutting text into words, with runs of digits as a pattern says."""
-    pattern = "|".join((_CONTRACTIONS, _WORDS, digits, _SIGNS, _SPACES))
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-
-
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """What `tokenizer.ggml.pre` stands for: the tokenizer.json of the models that bear the name."""
-
-    steps: tuple[dict, ...]
-    normalizer: dict | None = None
-    ignore_merges: bool = False
-    adds_bos: bool = False
-
-
-_GPT2 = _PreTokenizer((_byte_level(use_regex=True),))
-_LLAMA3 = _PreTokenizer(
-    (_split(r"\p{N}{1,3}"), _byte_level(use_regex=False)), ignore_merges=True, adds_bos=True
-)
-_QWEN2 = _PreTokenizer((_split(r"\p{N}"), _byte_level(use_regex=False)), normalizer={"type": "NFC"})
-_SMOLLM = _PreTokenizer(
-    ({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True))
-)
-
-PRE_TOKENIZERS = {
-    "gpt-2": _GPT2,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "smollm": _SMOLLM,
 }
 
 
@@ -184,15 +141,22 @@ class GgufCheckpoint:
             heads["q_proj"] = self.config["num_attention_heads"]
             heads["k_proj"] = self.config["num_key_value_heads"]
         for stored in self._reader.tensors:
-            if stored.name == _ROPE_FREQS:
-                continue
-            name = _hub_name(stored.name)
-            tensor = _dequantize(self.path, stored)
-            num_heads = heads.get(name.split(".")[-2])
-            # One of another shape goes out as it is, to be named with all that do not fit.
-            if num_heads and len(tensor) == num_heads * self.config["head_dim"]:
-                tensor = _unpermute(tensor, num_heads)
-            yield name, tensor
+            if stored.name != _ROPE_FREQS:
+                name = _hub_name(stored.name)
+                # No variable holds the tensor, so it goes as soon as its reader is done with it.
+                yield name, self._read_tensor(stored, heads.get(name.split(".")[-2]))
+
+    def save_files(self, folder: Path) -> None:
+        """Write the tokenizer's files into a folder."""
+        for name, content in self.tokenizer_files.items():
+            write_json(folder / name, content)
+
+    def _read_tensor(self, stored: ReaderTensor, num_heads: int | None) -> Tensor:
+        tensor = _dequantize(self.path, stored)
+        # One of another shape goes out as it is, to be named with all that do not fit.
+        if num_heads and len(tensor) == num_heads * self.config["head_dim"]:
+            return _unpermute(tensor, num_heads)
+        return tensor
 
 
 def read_gguf(path: Path | str) -> GgufCheckpoint:
@@ -204,9 +168,18 @@ def read_gguf(path: Path | str) -> GgufCheckpoint:
     path = Path(path)
     reader = _open(path)
     metadata = _read_metadata(path, reader)
+    # Several arrays for each string of a vocabulary; hundreds of megabytes, and needed no more.
+    reader.fields.clear()
+    parts = metadata.get("split.count", 0)
+    # Zero is what joining them leaves behind.
+    if parts not in (0, 1):
+        raise ConfigError(
+            f"{path} is one of {parts} parts of a model; join them first, with llama.cpp's "
+            "llama-gguf-split --merge"
+        )
     _check_names(path, reader)
     config = _read_config(path, reader, metadata)
-    tokenizer_files = _read_tokenizer(path, metadata, config)
+    tokenizer_files = read_tokenizer(path, metadata, config)
     return GgufCheckpoint(path, config, tokenizer_files, _own_dtype(reader), reader)
 
 
@@ -220,42 +193,18 @@ def convert_gguf(
 ) -> None:
     """Write a GGUF as a folder in hub layout, all or nothing.
 
-    The folder is made under a temporary name beside `target` and renamed at the end. Where
-    another process was quicker, its folder stays and this one's is dropped.
-
     dtype:    name of the dtype to write; "auto" is the GGUF's own
-    progress: wraps the iterator of tensors, given their number; a progress bar, say
+    progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
     raises:   CheckpointError, ConfigError; MinifuseError where the folder cannot be written
     """
-    target = Path(target)
     checkpoint = read_gguf(source)
-    tensors: Iterable[tuple[str, Tensor]] = checkpoint.tensors()
-    if progress is not None:
-        tensors = progress(tensors, len(expected_tensors(ModelConfig.from_hf(checkpoint.config))))
-    dtype_name = checkpoint.own_dtype if dtype == "auto" else dtype
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            temporary.chmod(0o755)
-            for name, content in checkpoint.tokenizer_files.items():
-                write_json(temporary / name, content)
-            save_checkpoint(
-                temporary, checkpoint.config, tensors, DTYPES[dtype_name], max_shard_bytes
-            )
-            _rename(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise MinifuseError(f"{target} cannot be written: {one_line(error)}") from error
-
-
-def _rename(temporary: Path, target: Path) -> None:
-    try:
-        temporary.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
+    save_folder(
+        target,
+        checkpoint,
+        dtype=checkpoint.own_dtype if dtype == "auto" else dtype,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
 
 
 def _open(path: Path) -> GGUFReader:
@@ -311,21 +260,26 @@ def _hub_name(name: str) -> str | None:
 
 def _dequantize(path: Path, stored: ReaderTensor) -> Tensor:
     """f32, in the hub's [out, in] order, which is how the reader's data comes."""
-    try:
-        # Damaged scales overflow; what comes of them is looked for below.
-        with np.errstate(all="ignore"):
-            values = dequantize(stored.data, stored.tensor_type)
-    except NotImplementedError:
-        raise CheckpointError(
-            f"{path}: tensor {stored.name} has the type {stored.tensor_type.name}, which the gguf "
-            "package does not decode; choose another quantisation of the model"
-        ) from None
-    # A copy, because the file is mapped read-only and torch wants to be able to write.
-    tensor = torch.from_numpy(np.array(values, dtype=np.float32))
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(
-            f"{path}: tensor {stored.name} holds numbers that are not finite; fetch the file again"
-        )
+    shape = [int(size) for size in reversed(stored.shape)]
+    tensor = torch.empty(shape, dtype=torch.float32)
+    step = max(1, _DECODED_NUMBERS // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        rows = stored.data[start : start + step]
+        try:
+            # Damaged scales overflow; what comes of them is looked for below.
+            with np.errstate(all="ignore"):
+                values = dequantize(rows, stored.tensor_type)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{path}: tensor {stored.name} has the type {stored.tensor_type.name}, which the "
+                "gguf package does not decode; choose another quantisation of the model"
+            ) from None
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{path}: tensor {stored.name} holds numbers that are not finite; "
+                "fetch the file again"
+            )
+        tensor[start : start + step].numpy()[:] = values
     return tensor
 
 
@@ -379,9 +333,48 @@ def _read_config(path: Path, reader: GGUFReader, metadata: dict) -> dict:
         token_id = metadata.get(f"tokenizer.ggml.{field}")
         if token_id is not None:
             config[field] = token_id
+    scaling = read_rope_scaling(path, prefix, fields)
     if _ROPE_FREQS in tensors:
-        config["rope_scaling"] = _read_rope_scaling(path, tensors[_ROPE_FREQS], config)
+        if scaling:
+            raise ConfigError(
+                f"{path} has both {_ROPE_FREQS} and {prefix}rope.scaling.type "
+                f"{scaling['rope_type']}; minifuse implements one scaling of RoPE at a time"
+            )
+        scaling = _find_llama3_scaling(path, tensors[_ROPE_FREQS], config)
+    if scaling:
+        config["rope_scaling"] = scaling
     return config
+
+
+def read_rope_scaling(path: Path, prefix: str, fields: dict) -> dict | None:
+    """The hub's `rope_scaling` of a GGUF's keys, None where RoPE is not scaled.
+
+    fields: metadata under `prefix`, which, with `path`, is for messages
+    raises: ConfigError, naming the key
+    """
+    kind = fields.get("rope.scaling.type", "linear")
+    # llama.cpp reads a factor of zero as none, and the older key where the newer one is missing.
+    key = "rope.scaling.factor"
+    if kind == "linear" and key not in fields:
+        key = "rope.scale_linear"
+    if kind == "none" or (kind == "linear" and fields.get(key, 0.0) in (0.0, 1.0)):
+        return None
+    if kind not in ("linear", "yarn"):
+        raise ConfigError(
+            f"{path}: {prefix}rope.scaling.type is {kind!r}; minifuse implements none, linear and "
+            "yarn"
+        )
+    scaling = {"rope_type": kind, "factor": _float(path, prefix, fields, key)}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = _integer(
+            path, prefix, fields, "rope.scaling.original_context_length"
+        )
+        scaling |= {
+            field: _float(path, prefix, fields, yarn_key)
+            for field, yarn_key in _YARN_KEYS.items()
+            if yarn_key in fields
+        }
+    return scaling
 
 
 def _refuse_unsupported(path: Path, prefix: str, fields: dict) -> None:
@@ -405,7 +398,7 @@ def _read_head_dim(path: Path, prefix: str, fields: dict, config: dict) -> int:
     return head_dim
 
 
-def _read_rope_scaling(path: Path, stored: ReaderTensor, config: dict) -> dict:
+def _find_llama3_scaling(path: Path, stored: ReaderTensor, config: dict) -> dict:
     """The llama3 scaling whose divisors of the frequencies are those of the file.
 
     The file keeps the divisors, f32[D/2], and not the four numbers that they came from; the largest
@@ -422,8 +415,8 @@ def _read_rope_scaling(path: Path, stored: ReaderTensor, config: dict) -> dict:
     )
     if not is_same:
         raise ConfigError(
-            f"{path}: {_ROPE_FREQS} is no RoPE scaling of Llama 3, and minifuse implements no "
-            "other; use the model's safetensors with their config.json"
+            f"{path}: {_ROPE_FREQS} is no RoPE scaling of Llama 3, and minifuse reads no "
+            "other from such a tensor; use the model's safetensors with their config.json"
         )
     return scaling
 
@@ -445,179 +438,3 @@ def _float(path: Path, prefix: str, fields: dict, key: str, default: float | Non
 def _shortest(value: float) -> float:
     """The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-def _read_tokenizer(path: Path, metadata: dict, config: dict) -> dict[str, dict]:
-    """tokenizer.json, tokenizer_config.json and generation_config.json, by name."""
-    fields = {
-        key.removeprefix("tokenizer."): value
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.")
-    }
-    model = fields.get("ggml.model")
-    if model != "gpt2":
-        raise ConfigError(
-            f"{path}: tokenizer.ggml.model is {model!r}; minifuse converts gpt2 (byte-level BPE): "
-            "use the model's hub folder with its tokenizer.json"
-        )
-    for key in ("ggml.add_space_prefix", "ggml.add_eos_token", "ggml.add_sep_token"):
-        if fields.get(key, False):
-            raise ConfigError(f"{path}: tokenizer.{key} is true, which minifuse does not implement")
-    pre_name = fields.get("ggml.pre")
-    if pre_name not in PRE_TOKENIZERS:
-        raise ConfigError(
-            f"{path}: tokenizer.ggml.pre is {pre_name!r}; minifuse knows "
-            f"{', '.join(PRE_TOKENIZERS)}: use the model's hub folder with its tokenizer.json"
-        )
-    pre = PRE_TOKENIZERS[pre_name]
-    tokens = _read_tokens(path, fields, config["vocab_size"])
-    special = _read_special(path, fields, tokens)
-    adds_bos = bool(fields.get("ggml.add_bos_token", pre.adds_bos)) and "bos" in special
-    return {
-        "tokenizer.json": _make_tokenizer_json(
-            path, fields, tokens, pre, special["bos"] if adds_bos else None
-        ),
-        "tokenizer_config.json": _make_tokenizer_config(fields, tokens, special, adds_bos, config),
-        "generation_config.json": _make_generation_config(special),
-    }
-
-
-def _read_tokens(path: Path, fields: dict, vocab_size: int) -> list[str]:
-    tokens, types = fields.get("ggml.tokens"), fields.get("ggml.token_type")
-    merges = fields.get("ggml.merges")
-    for name, value in (("tokens", tokens), ("token_type", types), ("merges", merges)):
-        if not isinstance(value, list):
-            raise CheckpointError(f"{path} has no list tokenizer.ggml.{name}; wanted a tokenizer")
-    if len(tokens) != len(types):
-        raise CheckpointError(
-            f"{path} has {len(tokens)} tokenizer.ggml.tokens but {len(types)} token types"
-        )
-    if len(tokens) > vocab_size:
-        raise CheckpointError(
-            f"{path} has {len(tokens)} tokens but {vocab_size} rows in token_embd.weight; "
-            "the tokenizer belongs to another model"
-        )
-    odd = set(types) - {_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED}
-    if odd:
-        raise ConfigError(
-            f"{path}: tokenizer.ggml.token_type holds {sorted(odd)}; byte-level BPE has the types "
-            f"{_NORMAL}, {_CONTROL}, {_USER_DEFINED} and {_UNUSED}"
-        )
-    return tokens
-
-
-def _read_special(path: Path, fields: dict, tokens: list[str]) -> dict[str, int]:
-    """bos, eos, pad, unk and eot, where the file names them -> token id."""
-    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "eot": "eot"}
-    special = {}
-    for name, key in keys.items():
-        token_id = fields.get(f"ggml.{key}_token_id")
-        if token_id is None:
-            continue
-        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-            raise CheckpointError(
-                f"{path}: tokenizer.ggml.{key}_token_id is {token_id!r}; wanted one of the "
-                f"{len(tokens)} tokens"
-            )
-        special[name] = token_id
-    return special
-
-
-def _make_tokenizer_json(
-    path: Path, fields: dict, tokens: list[str], pre: _PreTokenizer, bos_id: int | None
-) -> dict:
-    types = fields["ggml.token_type"]
-    vocab = {
-        token: index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind != _UNUSED
-    }
-    if len(vocab) != sum(kind != _UNUSED for kind in types):
-        raise CheckpointError(f"{path} has a token twice in tokenizer.ggml.tokens")
-    added = [
-        {
-            "id": index,
-            "content": tokens[index],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == _CONTROL,
-        }
-        for index, kind in enumerate(types)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": pre.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(pre.steps)},
-        "post_processor": _make_template(tokens, bos_id),
-        "decoder": _byte_level(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre.ignore_merges,
-            "vocab": vocab,
-            "merges": fields["ggml.merges"],
-        },
-    }
-    try:
-        tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:
-        # tokenizers raises bare exceptions, for a merge of tokens that do not exist, say.
-        raise CheckpointError(
-            f"{path} has a tokenizer that does not hold together ({one_line(error)})"
-        ) from error
-    return content
-
-
-def _make_template(tokens: list[str], bos_id: int | None) -> dict | None:
-    """A post-processor that puts BOS first, or none."""
-    if bos_id is None:
-        return None
-    bos = tokens[bos_id]
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text, pair = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    second = {"SpecialToken": {"id": bos, "type_id": 1}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, second, pair],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
-
-
-def _make_tokenizer_config(
-    fields: dict, tokens: list[str], special: dict[str, int], adds_bos: bool, config: dict
-) -> dict:
-    content = {
-        "add_bos_token": adds_bos,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    for name in ("bos", "eos", "pad", "unk"):
-        if name in special:
-            content[f"{name}_token"] = tokens[special[name]]
-    if "chat_template" in fields:
-        content["chat_template"] = fields["chat_template"]
-    return content
-
-
-def _make_generation_config(special: dict[str, int]) -> dict:
-    content: dict = {
-        f"{name}_token_id": special[name] for name in ("bos", "eos", "pad") if name in special
-    }
-    # Chat models end a turn with a token of their own, beside the one that ends a text.
-    if special.get("eot", special.get("eos")) != special.get("eos"):
-        content["eos_token_id"] = [special[name] for name in ("eos", "eot") if name in special]
-    return content

@@ -1,6 +1,10 @@
 """Fixtures that several files share."""
 
+import os
 from pathlib import Path
+
+# No test asks the real hub; those of the hub start processes with settings of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

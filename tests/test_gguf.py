@@ -15,13 +15,14 @@ import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_files import CONTROLS, FAMILIES, VOCAB, make_model, make_tokenizer, write_gguf
+from tiny_files import CONTROLS, GGUF_FAMILIES, VOCAB, make_model, make_tokenizer, write_gguf
 from tokenizers import pre_tokenizers
 
 from minifuse.checkpoint import expected_tensors, params_from_tensors
-from minifuse.config import ModelConfig, RopeScaling
+from minifuse.config import Llama3Scaling, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, MinifuseError
-from minifuse.gguf import PRE_TOKENIZERS, convert_gguf, read_gguf
+from minifuse.gguf import convert_gguf, read_gguf, read_rope_scaling
+from minifuse.gguf_tokenizer import PRE_TOKENIZERS
 from minifuse.rope import make_inv_freq
 from minifuse.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ def set_metadata(**values):
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
-        *((family, {}) for family in FAMILIES),
+        *((family, {}) for family in GGUF_FAMILIES),
         ("llama", BIASED),
         ("qwen2", {"num_key_value_heads": 1}),
     ],
@@ -85,7 +86,7 @@ def test_every_tensor_type_reads_as_transformers_reads_it(tmp_path, family, quan
     assert checkpoint.own_dtype == own.get(quant, "bfloat16")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_logits_are_those_of_transformers_reading(tmp_path, family):
     from transformers import AutoModelForCausalLM
 
@@ -115,7 +116,7 @@ def test_epsilon_and_theta_are_the_decimals_that_float32_stands_for(tmp_path):
     assert repr(config["rope_theta"]) == "1234567.8"
 
 
-LLAMA3 = RopeScaling(32.0, 1.0, 4.0, 8192)
+LLAMA3 = Llama3Scaling(32.0, 1.0, 4.0, 8192)
 
 
 def rope_freqs(head_dim=16, scaling=LLAMA3, theta=500000.0):
@@ -150,8 +151,8 @@ def test_llama3_scaling_is_restored_from_its_divisors(tmp_path):
 @pytest.mark.parametrize(
     "divisors",
     [
-        rope_freqs(scaling=RopeScaling(32.0, 1.0, 8.0, 8192)),
-        rope_freqs(scaling=RopeScaling(32.0, 1.0, 4.0, 4096)),
+        rope_freqs(scaling=Llama3Scaling(32.0, 1.0, 8.0, 8192)),
+        rope_freqs(scaling=Llama3Scaling(32.0, 1.0, 4.0, 4096)),
         rope_freqs(head_dim=32),
         np.full(8, 2, np.float32),
     ],
@@ -165,6 +166,114 @@ def test_other_divisors_of_frequencies_are_refused(tmp_path, divisors):
         read_gguf(path)
 
 
+FACTOR, CONTEXT = "rope.scaling.factor", "rope.scaling.original_context_length"
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({}, None),
+        ({"rope.scaling.type": "none", FACTOR: 4.0}, None),
+        ({FACTOR: 0.0}, None),
+        ({"rope.scaling.type": "linear", FACTOR: 1.0}, None),
+        ({"rope.scaling.type": "linear", FACTOR: 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        # llama.cpp's reading of a file that names no type, and of its older key.
+        ({FACTOR: 2.5}, {"rope_type": "linear", "factor": 2.5}),
+        ({"rope.scale_linear": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+        (
+            {"rope.scaling.type": "yarn", FACTOR: 4.0, CONTEXT: 32768},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        ),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                FACTOR: 40.0,
+                CONTEXT: 4096,
+                "rope.scaling.yarn_attn_factor": 1.1,
+                "rope.scaling.yarn_beta_fast": 16.0,
+                "rope.scaling.yarn_beta_slow": 2.0,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 40.0,
+                "original_max_position_embeddings": 4096,
+                "attention_factor": 1.1,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            },
+        ),
+    ],
+)
+def test_rope_scaling_in_the_words_of_the_hub(fields, scaling):
+    assert read_rope_scaling(Path("m.gguf"), "llama.", fields) == scaling
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope.scaling.type": "dynamic"}, "rope.scaling.type is 'dynamic'; minifuse implements"),
+        ({"rope.scaling.type": "yarn", FACTOR: 0.0}, "rope.scaling.factor is 0.0; wanted a pos"),
+        ({"rope.scaling.type": "yarn", FACTOR: 4.0}, f"{CONTEXT} is None; wanted one positive int"),
+    ],
+)
+def test_rope_scaling_that_is_none(fields, message):
+    with pytest.raises(ConfigError, match=rf"m\.gguf: llama\.{message}"):
+        read_rope_scaling(Path("m.gguf"), "llama.", fields)
+
+
+def test_rope_scaling_reaches_the_config(tmp_path):
+    change = set_metadata(
+        llama__rope__scaling__type="yarn",
+        llama__rope__scaling__factor=4.0,
+        llama__rope__scaling__original_context_length=64,
+    )
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama"), change=change)
+    assert read_gguf(path).config["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_logits_with_scaled_rope_are_those_of_the_hubs_model(tmp_path, kind):
+    from minifuse.model import forward_plain
+
+    rope = {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0}
+    metadata = {"llama__rope__scaling__type": kind, "llama__rope__scaling__factor": 4.0}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = 64
+        metadata["llama__rope__scaling__original_context_length"] = 64
+    model = make_model("llama", rope_parameters=rope)
+    checkpoint = read_gguf(write_gguf(tmp_path / "m.gguf", model, change=set_metadata(**metadata)))
+    config = ModelConfig.from_hf(checkpoint.config)
+    params = params_from_tensors(checkpoint.tensors(), config, torch.float32)
+    tokens = torch.randint(0, VOCAB, (1, 50))
+    with torch.inference_mode():
+        wanted = model(tokens).logits
+    # The decoder's own parity with transformers, see test_model.
+    torch.testing.assert_close(forward_plain(config, params, tokens), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_mistral_is_a_llama_to_gguf(tmp_path):
+    """llama.cpp's converter knows no architecture of that name; without a window they are alike."""
+    mistral = make_model("mistral", sliding_window=None)
+    model = make_model("llama")
+    model.load_state_dict(mistral.state_dict())
+    tensors = dict(read_gguf(write_gguf(tmp_path / "m.gguf", model)).tensors())
+    torch.testing.assert_close(tensors, dict(mistral.state_dict()), rtol=0, atol=0)
+
+
+def test_two_scalings_of_rope_are_refused(tmp_path):
+    def change(metadata, arrays):
+        metadata["llama.rope.scaling.factor"] = 4.0
+        arrays["rope_freqs.weight"] = rope_freqs()
+
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama"), change=change)
+    with pytest.raises(ConfigError, match=r"has both rope_freqs.weight and .*type linear"):
+        read_gguf(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -173,9 +282,16 @@ def test_other_divisors_of_frequencies_are_refused(tmp_path, divisors):
             "gemma3",
             "general.architecture is 'gemma3'; minifuse reads llama",
         ),
-        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type is 'yarn'"),
-        ("llama.rope.scaling.type", "linear", "llama.rope.scaling.type is 'linear'"),
-        ("llama.rope.scaling.factor", 4.0, "llama.rope.scaling.factor is 4.0"),
+        ("llama.rope.scaling.type", "longrope", "rope.scaling.type is 'longrope'; minifuse impl"),
+        ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.factor is None; wanted a positive"),
+        (
+            "llama.rope.scaling.factor",
+            -4.0,
+            "rope.scaling.factor is -4.0; wanted a positive number",
+        ),
+        ("llama.rope.scaling.attn_factor", 0.5, "rope.scaling.attn_factor is 0.5"),
+        ("llama.rope.scaling.yarn_log_multiplier", 0.1, "rope.scaling.yarn_log_multiplier is 0.1"),
+        ("split.count", 3, "is one of 3 parts of a model; join them first"),
         ("llama.expert_count", 8, "llama.expert_count is 8"),
         ("llama.attention.sliding_window", 4096, "llama.attention.sliding_window is 4096"),
         ("llama.logit_scale", 0.5, "llama.logit_scale is 0.5"),
@@ -195,11 +311,7 @@ def test_other_divisors_of_frequencies_are_refused(tmp_path, divisors):
         ("llama.block_count", None, "llama.block_count is None; wanted one positive integer"),
         ("llama.embedding_length", 0, "llama.embedding_length is 0; wanted one positive integer"),
         ("llama.attention.layer_norm_rms_epsilon", None, "rms_epsilon is None; wanted a positive"),
-        (
-            "tokenizer.ggml.model",
-            "llama",
-            "tokenizer.ggml.model is 'llama'; minifuse converts gpt2",
-        ),
+        ("tokenizer.ggml.model", "t5", "tokenizer.ggml.model is 't5'; minifuse converts gpt2"),
         ("tokenizer.ggml.pre", "tekken", "tokenizer.ggml.pre is 'tekken'; minifuse knows gpt-2"),
         ("tokenizer.ggml.pre", "default", "tokenizer.ggml.pre is 'default'"),
         ("tokenizer.ggml.pre", None, "tokenizer.ggml.pre is None"),
@@ -221,6 +333,13 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, key, value, messag
     ("key", "value"),
     [
         ("llama.rope.scaling.type", "none"),
+        ("llama.rope.scaling.type", "linear"),
+        ("llama.rope.scaling.factor", 1.0),
+        ("llama.rope.scaling.factor", 0.0),
+        ("llama.rope.scaling.finetuned", False),
+        ("llama.attention.sliding_window", 0),
+        ("split.count", 1),
+        ("split.count", 0),
         ("llama.expert_count", 0),
         ("llama.attention.causal", True),
         ("llama.rope.dimension_count", 16),

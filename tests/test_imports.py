@@ -14,7 +14,7 @@ ORDER = """
     errors config hub wheels cards
     layout methods
     rope cache model masks
-    tokenizer sandbox chat checkpoint gguf loader
+    tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
     executor request engine jsonl generate
 """.split()

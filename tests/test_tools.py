@@ -1,6 +1,9 @@
 """`python -m tools.convert_weights`: what it writes opens anywhere, and faults leave nothing."""
 
 import argparse
+import errno
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_files import FAMILIES, make_model, write_gguf
+from tiny_files import GGUF_FAMILIES, make_model, write_gguf, write_hub_folder
 
 from minifuse.checkpoint import read_json
 from minifuse.gguf import read_gguf
 from minifuse.loader import load_model
-from tools.convert_weights import build_parser, check, main, parse_size
+from minifuse.saving import save_folder
+from tools.convert_weights import build_parser, main, parse_size
 
 ROOT = Path(__file__).parents[1]
 FILES = [
@@ -34,7 +38,7 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_written_opens_in_transformers(tmp_path, capsys, family, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,7 +79,7 @@ def test_weights_above_a_size_are_sharded(tmp_path, source):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_check_passes_what_it_wrote(tmp_path, capsys, family, dtype):
     source = write_gguf(tmp_path / "tiny.gguf", make_model(family), "Q4_1")
     assert main([str(source), str(tmp_path / "out"), "--dtype", dtype, "--check"]) == 0
@@ -84,17 +88,45 @@ def test_check_passes_what_it_wrote(tmp_path, capsys, family, dtype):
     assert out.endswith("against float32): ok\n")
 
 
+@pytest.mark.parametrize("kind", ["hub", "bin"])
+def test_folders_convert_and_pass_their_check(tmp_path, capsys, kind):
+    model = make_model("llama")
+    source = write_hub_folder(tmp_path / "hub", model)
+    if kind == "bin":
+        (source / "model.safetensors").unlink()
+        torch.save(model.state_dict(), source / "pytorch_model.bin")
+    target = tmp_path / "out"
+    flags = ["--dtype", "float16", "--max-shard-size", "100KB", "--check"]
+    assert main([str(source), str(target), *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("(32 tokens, float16 against float32): ok\n")
+    assert f"wrote {target} as float16\n" in captured.err
+    assert len(list(target.glob("*.safetensors"))) > 2
+    assert load_model(target).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype"), [("F32", "float32"), ("F16", "float16"), ("Q5_1", "bfloat16")]
+)
+def test_auto_is_the_dtype_that_is_stored(tmp_path, quant, dtype):
+    source = write_gguf(tmp_path / "tiny.gguf", make_model("llama"), quant)
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert read_json(tmp_path / "out/config.json")["torch_dtype"] == dtype
+
+
 @pytest.mark.parametrize(
     "name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.0.input_layernorm.weight"]
 )
-def test_check_finds_weights_that_differ(tmp_path, source, capsys, name):
+def test_check_exits_1_where_weights_differ(tmp_path, source, capsys, monkeypatch, name):
+    def spoil(*args, **kwargs):
+        save_folder(*args, **kwargs)
+        tensors = load_file(target / "model.safetensors")
+        tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, target / "model.safetensors")
+
     target = tmp_path / "out"
-    assert main([str(source), str(target)]) == 0
-    assert check(source, target, "bfloat16") == 0
-    tensors = load_file(target / "model.safetensors")
-    tensors[name] = tensors[name].flip(0).contiguous()
-    save_file(tensors, target / "model.safetensors")
-    assert check(source, target, "bfloat16") == 1
+    monkeypatch.setattr("minifuse.convert.save_folder", spoil)
+    assert main([str(source), str(target), "--check"]) == 1
     assert capsys.readouterr().out.endswith("too far\n")
 
 
@@ -109,11 +141,85 @@ def test_existing_target_is_left_alone(tmp_path, source, capsys):
     assert names(target) == ["precious"]
 
 
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_source_that_is_no_file(tmp_path, capsys, is_folder):
-    source = tmp_path if is_folder else tmp_path / "nowhere.gguf"
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.gguf", "model 'nowhere.gguf' is not there"),
+        ("nowhere", "model 'nowhere' is no model card"),
+        ("no/such-model", "hub no/such-model at main is not in the cache"),
+    ],
+)
+def test_source_that_is_not_there(tmp_path, capsys, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([name, "out"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert names(tmp_path) == []
+
+
+def test_folder_that_is_no_model(tmp_path, capsys):
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/config.json is missing\n"
+
+
+def test_interruption_leaves_nothing(tmp_path, source, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minifuse.saving._write_tensor", interrupted)
+    assert main([str(source), str(tmp_path / "new/out")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert names(tmp_path) == ["tiny.gguf"]
+
+
+SLOW = """
+import sys, time
+import minifuse.saving as saving
+from tools.convert_weights import main
+
+write = saving._write_tensor
+def slowly(*args):
+    write(*args)
+    print("written", flush=True)
+    time.sleep(60)
+
+saving._write_tensor = slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_leaves_nothing(tmp_path, source):
+    command = [sys.executable, "-c", SLOW, str(source), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "written\n"
+        assert len(names(tmp_path)) == 2
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.endswith("interrupted\n")
+    assert "Traceback" not in error
+    assert names(tmp_path) == ["tiny.gguf"]
+
+
+def test_full_disk_is_one_line(tmp_path, source, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard")
+
+    monkeypatch.setattr("minifuse.saving._write_tensor", full)
     assert main([str(source), str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == f"error: {source} is not a file; wanted a .gguf\n"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        f"error: {tmp_path}/out cannot be written: No space left on device; its weights take 0.2 MB"
+    )
+    assert error.endswith(" MB are free")
+    assert names(tmp_path) == ["tiny.gguf"]
 
 
 def test_truncated_source_leaves_nothing(tmp_path, source, capsys):

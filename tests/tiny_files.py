@@ -21,6 +21,7 @@ from transformers import (
 )
 
 VOCAB = 320
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 CONTROLS = ("<|end|>", "<|start|>")
 
 _CLASSES = {
@@ -30,6 +31,8 @@ _CLASSES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 FAMILIES = tuple(_CLASSES)
+# Architectures of GGUF: llama.cpp knows Mistral as a llama.
+GGUF_FAMILIES = tuple(family for family in FAMILIES if family != "mistral")
 
 _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
@@ -77,6 +80,20 @@ def make_model(family: str, **overrides) -> PreTrainedModel:
     return model
 
 
+def make_larger_model(**overrides) -> PreTrainedModel:
+    """About 150 MB, so that what Python itself allocates does not count."""
+    return make_model(
+        "llama",
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        vocab_size=16000,
+        head_dim=64,
+        **overrides,
+    )
+
+
 def make_tokenizer(pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer) -> dict:
     """A byte-level BPE trained on this file: tokens, their merges and types as GGUF keeps them."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -100,6 +117,24 @@ def make_tokenizer(pre_tokenizer: tokenizers.pre_tokenizers.PreTokenizer) -> dic
     }
 
 
+def make_sentencepiece() -> dict:
+    """A SentencePiece BPE trained on this file: tokens, scores and types as GGUF keeps them."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, show_progress=False)
+    tokenizer.train([__file__], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    # Merges in their order, each token but once, then the letters, as SentencePiece lists them.
+    merged = list(dict.fromkeys("".join(pair) for pair in model["merges"]))
+    learned = merged + sorted(model["vocab"].keys() - set(merged))
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    return {
+        "tokens": ["<unk>", "<s>", "</s>", *byte_tokens, *learned],
+        "types": [2, 3, 3] + [6] * 256 + [1] * len(learned),
+        "scores": [0.0] * 259 + [-float(rank) for rank in range(len(learned))],
+    }
+
+
 def write_hub_folder(folder: Path, model: PreTrainedModel, **save_options) -> Path:
     """config.json and weights by transformers, tokenizer.json beside them."""
     model.save_pretrained(folder, **save_options)
@@ -111,11 +146,13 @@ def write_hub_folder(folder: Path, model: PreTrainedModel, **save_options) -> Pa
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
-    quant: str = "F32",
+    quant: str | Callable[[str], str] = "F32",
     change: Callable[[dict, dict], None] | None = None,
 ) -> Path:
     """Write a model the way llama.cpp's converter does: matrices as `quant`, vectors as F32.
 
+    quant:  the type of all matrices, or of each by its name; what the gguf package cannot encode
+            becomes random blocks
     change: may edit the metadata ({key: value}) and the f32 arrays before they
             are written
     """
@@ -132,16 +169,48 @@ def write_gguf(
     for key, value in metadata.items():
         _add(writer, key, value)
     for name, array in arrays.items():
-        kind = gguf.GGMLQuantizationType["F32" if array.ndim == 1 else quant]
+        kind_name = quant if isinstance(quant, str) else quant(name)
+        kind = gguf.GGMLQuantizationType["F32" if array.ndim == 1 else kind_name]
         if kind.name in ("F32", "F16"):
             writer.add_tensor(name, gguf.quants.quantize(array, kind))
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            continue
+        try:
+            data = gguf.quants.quantize(array, kind)
+        except NotImplementedError:
+            data = random_blocks(kind, array.shape)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Where a block's f16 scales are, in bytes.
+_SCALES_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, int]) -> np.ndarray:
+    """Rows of valid blocks: every bit random, but scales such that numbers stay near one tenth.
+
+    returns: u8[rows, bytes of a row]
+    """
+    generator = np.random.default_rng([int(kind), *shape])
+    block_len, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (shape[0], shape[1] // block_len, num_bytes), np.uint8)
+    if kind.name == "MXFP4":  # one byte, an exponent of two
+        blocks[..., 0] = generator.integers(118, 124, blocks.shape[:2])
+    elif kind.name == "NVFP4":  # bytes of their own floating point; the largest is no number
+        blocks[..., :4] %= 0x30
+    elif kind.name == "IQ1_M":  # the upper four bits of each of four words
+        blocks[..., 49::2] &= 0x0F
+        blocks[..., 55] |= 0x20
+    else:
+        top = {"Q6_K": 3e-5, "Q3_K": 1e-3, "IQ4_XS": 3e-5}.get(kind.name, 3e-3)
+        for at in _SCALES_AT.get(kind.name, (num_bytes - 2 if kind.name[0] == "T" else 0,)):
+            scales = generator.uniform(0.3, 1, (*blocks.shape[:2], 1)) * top
+            blocks[..., at : at + 2] = scales.astype(np.float16).view(np.uint8)
+    return blocks.reshape(shape[0], -1)
 
 
 def _make_metadata(config) -> dict:

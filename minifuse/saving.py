@@ -1,0 +1,255 @@
+"""A model -> a folder in hub layout, all or nothing.
+
+The config tells every tensor's name and size beforehand, so its place in a file is known, too: the
+headers are written first, then each tensor goes to its place as it comes, and none is held back.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minifuse.checkpoint import (
+    DTYPES,
+    FILE_DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Ledger,
+    check_range,
+    count_parameters,
+    expected_tensors,
+    write_json,
+)
+from minifuse.config import ModelConfig
+from minifuse.errors import MinifuseError, one_line
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+# Numbers are cast and written in blocks of about this many.
+_WRITTEN_NUMBERS = 2**20
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ModelSource(Protocol):
+    """A model to be written as a folder in hub layout.
+
+    config: what config.json holds
+    """
+
+    @property
+    def config(self) -> dict: ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Hub name and float tensor of every weight, one in memory at a time."""
+        ...
+
+    def save_files(self, folder: Path) -> None:
+        """Write what belongs beside config and weights, the tokenizer above all."""
+        ...
+
+
+def save_folder(
+    target: Path | str,
+    source: ModelSource,
+    *,
+    dtype: str,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[Iterable, int], Iterable] | None = None,
+) -> None:
+    """Write a model as a folder in hub layout, all or nothing.
+
+    The folder is made under a temporary name beside `target` and renamed at the end. Where
+    another process was quicker, its folder stays and this one's is dropped.
+
+    dtype:    name of the weights' dtype
+    progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
+    raises:   CheckpointError, ConfigError; MinifuseError where the folder cannot be written, the
+              disk being full, for one
+    """
+    config = ModelConfig.from_hf(source.config)
+    total = len(expected_tensors(config))
+    needed = count_parameters(config) * DTYPES[dtype].itemsize
+    # Closed before anybody reports an error, so that its line does not run on behind a bar.
+    with (
+        contextlib.closing(_count(total, progress)) as ticks,
+        _new_folder(Path(target), needed) as folder,
+    ):
+        next(ticks, None)
+        source.save_files(folder)
+        save_checkpoint(
+            folder,
+            source.config,
+            source.tensors(),
+            DTYPES[dtype],
+            max_shard_bytes,
+            lambda: next(ticks, None),
+        )
+
+
+def save_checkpoint(
+    folder: Path | str,
+    config_raw: dict,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Write config.json and safetensors, one file or shards with an index, into a folder.
+
+    tensors: pairs of hub name and float tensor, in any order; one of them is held at a time
+    tick:    called after each of them
+    raises:  CheckpointError, naming every missing, unexpected and misshapen tensor; OSError. By
+             then the folder holds files, so write into a temporary one
+    """
+    folder = Path(folder)
+    config = ModelConfig.from_hf(config_raw)
+    name_of = {value: key for key, value in DTYPES.items()}
+    # The older spelling is the one that every version of transformers reads; the newer one, where
+    # it is there, must not contradict it.
+    fields = {"torch_dtype"} | ({"dtype"} & config_raw.keys())
+    write_json(folder / "config.json", config_raw | dict.fromkeys(fields, name_of[dtype]))
+    ledger = Ledger(config)
+    places = _lay_out(folder, expected_tensors(config), dtype, max_shard_bytes)
+    for name, tensor in tensors:
+        if ledger.admit(name, tuple(tensor.shape)):
+            _write_tensor(places[name], name, tensor, dtype)
+        tick()
+        # The next one is read before the loop lets go of this one.
+        del tensor
+    ledger.close("the weights")
+
+
+class _Place(NamedTuple):
+    path: Path
+    offset: int  # of the first byte, from the start of the file
+
+
+def _lay_out(
+    folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
+) -> dict[str, _Place]:
+    """Write headers, and an index where there are shards; returns where each tensor goes."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = total = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += nbytes
+        total += nbytes
+    places: dict[str, _Place] = {}
+    for index, shard in enumerate(shards, 1):
+        is_whole = len(shards) == 1
+        file = SINGLE_FILE if is_whole else f"model-{index:05}-of-{len(shards):05}.safetensors"
+        places |= _write_header(folder / file, shard, dtype)
+    if len(shards) > 1:
+        weight_map = {name: places[name].path.name for name in sorted(places)}
+        index_content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index_content)
+    return places
+
+
+def _write_header(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, _Place]:
+    """Begin a safetensors file: the header's length as u64, the header, then room for the data."""
+    spelled = next(name for name, value in FILE_DTYPES.items() if value == dtype)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [start, end]}
+        starts[name] = start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces fill it up, so that the data are aligned.
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return {name: _Place(path, 8 + len(text) + start) for name, start in starts.items()}
+
+
+def _write_tensor(place: _Place, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    rows_len = max(1, _WRITTEN_NUMBERS // math.prod(tensor.shape[1:]))
+    with place.path.open("r+b") as file:
+        file.seek(place.offset)
+        for rows in tensor.split(rows_len):
+            cast = rows.to(dtype).contiguous()
+            check_range(name, rows, cast)
+            file.write(cast.view(torch.uint8).numpy())
+
+
+def _count(total: int, progress: Callable[[Iterable, int], Iterable] | None) -> Generator:
+    yield from progress(range(total), total) if progress else ()
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, needed: int) -> Iterator[Path]:
+    """A folder beside `target` to write into; becomes `target` at the end, or is removed.
+
+    needed: bytes that will be written
+    """
+    parents = [folder for folder in target.parents if not os.path.lexists(folder)]
+    try:
+        _check_space(target, needed)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            _rename(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        if error.errno in _DISK_FULL:
+            reason += (
+                f"; its weights take {_format_bytes(needed)}, and "
+                f"{_format_bytes(_free_bytes(target))} are free"
+            )
+        raise MinifuseError(f"{target} cannot be written: {reason}") from error
+    finally:
+        if not target.is_dir():
+            with contextlib.suppress(OSError):
+                for folder in parents:
+                    folder.rmdir()
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = _free_bytes(target)
+    if needed > free:
+        raise MinifuseError(
+            f"{target} cannot be written: its weights take {_format_bytes(needed)}, but "
+            f"{_format_bytes(free)} are free there; make room or choose another disk"
+        )
+
+
+def _free_bytes(target: Path) -> int:
+    """Free on the disk that a path is on, or would be."""
+    there = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not there.is_dir():
+        raise OSError(errno.ENOTDIR, f"{there} is not a folder")
+    return shutil.disk_usage(there).free
+
+
+def _format_bytes(count: int) -> str:
+    """Bytes in the unit that disks are sold in: 1,234.5 MB."""
+    return f"{count / 1e6:,.1f} MB"
