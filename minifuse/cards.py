@@ -6,22 +6,19 @@ python -m minifuse.cards llama3.2_1b --json    one card, as a JSON object
 
 import argparse
 import json
-import os
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
+from minifuse.command import Parser, run_command
 from minifuse.config import DTYPE_NAMES
-from minifuse.errors import ConfigError, MinifuseError, ModelNotFoundError, UsageError
+from minifuse.errors import ConfigError, ModelNotFoundError, UsageError
 from minifuse.hub import HubSource, find_snapshot
 from minifuse.wheels import PypiSource, find_gguf
 
 DEFAULT_CARD = "smollm2-135m-instruct-q4_1"
-
-_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 _SOURCES = {"pypi": PypiSource, "hub": HubSource}
 
@@ -124,18 +121,12 @@ def _is_strings(value: object) -> bool:
 # The list of cards
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists what there is")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line; reading it loads no torch."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m minifuse.cards",
         description="List the models that minifuse knows by name: aliases, licence, source, and "
         "where on this machine they lie. Nothing is fetched.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a card or an alias (default: every card)"
@@ -146,20 +137,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        args = build_parser().parse_args(argv)
-        cards = _select(args.names)
-        lines = map(_format_json, cards) if args.json else _format_table(cards)
-        print("\n".join(lines))
-        sys.stdout.flush()
-    except MinifuseError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return error.exit_status
-    except BrokenPipeError:
-        # The interpreter flushes standard output once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    return 0
+    return run_command(lambda: _run(build_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    cards = _select(args.names)
+    lines = map(_format_json, cards) if args.json else _format_table(cards)
+    print("\n".join(lines))
 
 
 def find_cached(card: ModelCard) -> Path | None:

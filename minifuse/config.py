@@ -20,9 +20,9 @@ _HARMLESS_FIELDS = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
     chunk_size_feed_forward dtype eos_token_id id2label initializer_range is_llama_config label2id
-    max_length name_or_path output_attentions output_hidden_states pad_token_id problem_type
-    return_dict tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id
-    unsloth_fixed unsloth_version use_cache
+    max_length max_sequence_length name_or_path output_attentions output_hidden_states pad_token_id
+    problem_type return_dict tokenizer_class torch_dtype transformers.js_config transformers_version
+    unk_token_id unsloth_fixed unsloth_version use_cache
     """.split()
 )
 
@@ -49,6 +49,8 @@ _NEUTRAL_VALUES = {
     "rotary_pct": (1, None),
     "pretraining_tp": (0, 1, None),
     "quantization_config": (None,),
+    "weight_bits": (None,),
+    "input_bits": (None,),
     "clip_qkv": (None,),
     "no_rope_layers": (None, []),
     "num_experts": (None, 0),

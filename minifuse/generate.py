@@ -9,17 +9,14 @@ to standard error. Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 in
 import argparse
 import contextlib
 import json
-import os
 import re
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from minifuse.command import Parser, check_interrupt, run_command
 from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig, GenerationConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.jsonl import (
@@ -44,23 +41,15 @@ METHOD = "fused"
 _GENERATION = GenerationConfig()
 _FUSION = FusionConfig()
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-_INTERRUPTED = 130
-_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; --help lists what there is")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; reading it loads no torch."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m minifuse.generate",
         description="Answer one question from many phrasings of it, fused inside attention.",
         epilog=r"--prefix TEXT, --template, --suffix, --system and --stop read \n, \t and \\ as "
         "newline, tab and backslash.",
-        allow_abbrev=False,
     )
     _add_prompt_flags(parser)
     _add_method_flags(parser)
@@ -206,22 +195,10 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    try:
-        args = build_parser().parse_intermixed_args(argv)
-        with _one_line_warnings(), _Interrupt():
-            _run(args)
-        sys.stdout.flush()
-    except MinifuseError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted: results so far are whole", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        # The interpreter flushes standard output once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    return 0
+    return run_command(
+        lambda: _run(build_parser().parse_intermixed_args(argv)),
+        interrupted="interrupted: results so far are whole",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -410,7 +387,7 @@ def _answer_file(
                 with bar.external_write_mode(file=sys.stdout):
                     _print_results(results, prompt.id, is_json=args.json)
                     sys.stdout.flush()
-            _Interrupt.check()
+            check_interrupt()
 
 
 def _answer_one(
@@ -535,44 +512,6 @@ def _describe_timings(result: "Generation") -> str:
     if decode:
         parts.append(f"decode {sum(decode) / len(decode):.1f} ms a step, {len(decode)} steps")
     return ", ".join(parts)
-
-
-class _Interrupt:
-    """Ctrl-C, made to last: where foreign code swallows the exception, `check` raises it again.
-
-    Python drops what is raised in a destructor or a weak reference's callback, and torch has many.
-    """
-
-    _came = False
-
-    def __enter__(self) -> None:
-        type(self)._came = False
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, *_: object) -> NoReturn:
-        type(self)._came = True
-        raise KeyboardInterrupt
-
-    @classmethod
-    def check(cls) -> None:
-        if cls._came:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        first_line, _, _ = str(message).strip().partition("\n")
-        print(f"warning: {first_line}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 if __name__ == "__main__":

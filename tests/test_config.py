@@ -159,6 +159,8 @@ REFUSED = {
     "rotary_pct": 0.25,
     "pretraining_tp": 2,
     "quantization_config": {"quant_method": "gptq"},
+    "weight_bits": 1,
+    "input_bits": 8,
     "clip_qkv": 8.0,
     "no_rope_layers": [1, 0],
     "num_experts": 8,

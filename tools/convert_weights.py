@@ -12,18 +12,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from minifuse.command import Parser, run_command
 from minifuse.config import DTYPE_NAMES
-from minifuse.errors import MinifuseError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-# What a shell reports for a command that ctrl-C ended.
-_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tools.convert_weights",
         description="Convert a model into a new folder in hub layout: config.json, safetensors, "
         "and the files of its tokenizer.",
@@ -72,15 +69,7 @@ def parse_size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    args = build_parser().parse_args(argv)
-    try:
-        return _run(args)
-    except MinifuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    return run_command(lambda: _run(build_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:

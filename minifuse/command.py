@@ -1,0 +1,93 @@
+"""What the command lines share: exit statuses, errors and warnings of one line, ctrl-C.
+
+Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 141 nobody reads on.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from minifuse.errors import MinifuseError, UsageError
+
+# What a shell reports for a program that SIGINT or SIGPIPE ended.
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+_is_interrupted = threading.Event()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError, so that all errors look alike; no abbreviated flags."""
+
+    def __init__(self, **options: object):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists what there is")
+
+
+def run_command(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Do a command's work, parsing included; returns its exit status.
+
+    work:        returns an exit status, None for 0
+    interrupted: what is said after ctrl-C
+    """
+    try:
+        with _one_line_warnings(), _noted_interrupts():
+            status = work()
+        sys.stdout.flush()
+    except MinifuseError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return status or 0
+
+
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt if ctrl-C came and foreign code swallowed the exception.
+
+    Python drops what is raised in a destructor or a weak reference's callback, and torch has many.
+    Long loops look here between two pieces of work.
+    """
+    if _is_interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[None]:
+    def note(*_: object) -> NoReturn:
+        _is_interrupted.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    _is_interrupted.clear()
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        first_line, _, _ = str(message).strip().partition("\n")
+        print(f"warning: {first_line}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
