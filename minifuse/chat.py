@@ -17,7 +17,8 @@ from itertools import product
 from pathlib import Path
 
 from minifuse.errors import CheckpointError, UsageError
-from minifuse.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, check_text, read_json
+from minifuse.files import read_json
+from minifuse.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, check_text
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"

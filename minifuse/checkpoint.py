@@ -4,7 +4,6 @@ Fused weights are stacks of hub tensors (q, k, v; gate, up). Each hub tensor is 
 memory-mapped file straight into its rows of the stack, so no second copy of the weights is held.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from minifuse.config import DTYPE_NAMES, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
+from minifuse.files import list_names, read_json
 from minifuse.model import LayerParams, Params
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -271,35 +271,6 @@ def check_stored(
 def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files that `load_params` reads, sorted."""
     return sorted({tensor.path for tensor in find_tensors(folder).values()})
-
-
-def read_json(path: Path) -> dict:
-    """Parse a JSON file that holds an object.
-
-    raises: CheckpointError where the file is missing, no UTF-8, no JSON, or not an object
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; wanted a JSON object")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON object for people to read, as UTF-8."""
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Names out of a file for a message, sorted; quoted where one would break the line."""
-    return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names))
 
 
 class Ledger:

@@ -25,15 +25,14 @@ from minifuse.checkpoint import (
     StoredTensor,
     check_stored,
     find_tensors,
-    list_names,
     params_from_tensors,
     read_index,
-    read_json,
     read_tensors,
     stored_dtype,
 )
 from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError, UsageError
+from minifuse.files import list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
 from minifuse.loader import resolve_model
 from minifuse.model import forward_plain

@@ -24,14 +24,7 @@ from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Size, Token, round_up
 from minifuse.layout import Encoding, Part, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
-from minifuse.methods import (
-    SPECS,
-    Answer,
-    FusionMethod,
-    Weighting,
-    parse_methods,
-    single_view,
-)
+from minifuse.methods import SPECS, Answer, FusionMethod, Weighting, parse_methods, single_view
 from minifuse.request import (
     AnswerState,
     Frame,

@@ -19,14 +19,7 @@ from torch import Tensor
 from minifuse.cache import KVCache, allocate_cache, move_keys
 from minifuse.config import ModelConfig
 from minifuse.masks import make_decode_mask, make_prefill_mask, make_tables
-from minifuse.model import (
-    AttentionMask,
-    AttentionRule,
-    LayerMasks,
-    Params,
-    forward,
-    unembed,
-)
+from minifuse.model import AttentionMask, AttentionRule, LayerMasks, Params, forward, unembed
 from minifuse.rope import make_inv_freq
 
 PREFILL_SIZES = (128, 512)

@@ -15,12 +15,9 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
-from minifuse.checkpoint import (
-    list_names,
-    write_json,
-)
 from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
+from minifuse.files import list_names, write_json
 from minifuse.gguf_tokenizer import read_tokenizer
 from minifuse.rope import make_inv_freq
 from minifuse.saving import DEFAULT_SHARD_BYTES, save_folder

@@ -23,14 +23,7 @@ import torch
 
 from minifuse.cache import cache_bytes
 from minifuse.cards import DEFAULT_CARD, ModelCard, read_cards
-from minifuse.checkpoint import (
-    DTYPES,
-    count_parameters,
-    load_params,
-    read_json,
-    stored_dtype,
-    weight_files,
-)
+from minifuse.checkpoint import DTYPES, count_parameters, load_params, stored_dtype, weight_files
 from minifuse.config import ModelConfig
 from minifuse.errors import (
     CheckpointError,
@@ -39,6 +32,7 @@ from minifuse.errors import (
     ModelNotFoundError,
     UsageError,
 )
+from minifuse.files import read_json
 from minifuse.gguf import convert_gguf
 from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
 from minifuse.model import Params

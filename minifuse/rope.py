@@ -8,13 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from minifuse.config import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    ModelConfig,
-    YarnScaling,
-)
+from minifuse.config import DynamicScaling, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
 
 def make_inv_freq(config: ModelConfig, rope_length: int | None = None) -> Tensor:

@@ -27,10 +27,10 @@ from minifuse.checkpoint import (
     check_range,
     count_parameters,
     expected_tensors,
-    write_json,
 )
 from minifuse.config import ModelConfig
 from minifuse.errors import MinifuseError, one_line
+from minifuse.files import write_json
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 

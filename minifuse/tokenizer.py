@@ -14,6 +14,7 @@ from pathlib import Path
 import tokenizers
 
 from minifuse.errors import CheckpointError, UsageError
+from minifuse.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -207,26 +208,6 @@ def check_text(text: str, name: str = "text") -> None:
             f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character "
             f"{error.start}, which UTF-8 cannot encode; wanted valid Unicode text"
         ) from None
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    raises: CheckpointError that names the file, where it is missing, unreadable or something else.
-    """
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; wanted a tokenizer in hub layout") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}; wanted a JSON object")
-    return value
 
 
 def _build(raw: dict) -> tokenizers.Tokenizer:

@@ -17,11 +17,11 @@ from minifuse.checkpoint import (
     expected_tensors,
     find_tensors,
     load_params,
-    read_json,
     stored_dtype,
 )
 from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError, ConfigError
+from minifuse.files import read_json
 
 VARIANTS = {
     "llama": {},
@@ -224,11 +224,11 @@ def test_index_that_leads_astray(tmp_path, shard, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{not json", "is not valid JSON"),
+        ("{not json", "is not JSON"),
         ("[]", "holds list; wanted a JSON object"),
         ({}, "has no weight_map"),
         ({"weight_map": []}, "has no weight_map"),
-        ("\udcff", "is not valid JSON"),
+        ("\udcff", "is not UTF-8"),
     ],
 )
 def test_index_that_is_no_index(tmp_path, content, message):
@@ -311,7 +311,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from minifuse.checkpoint import expected_tensors, load_params, read_json
+from minifuse.checkpoint import expected_tensors, load_params
+from minifuse.files import read_json
 from minifuse.config import ModelConfig
 
 def peak():

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_files import VOCAB, make_larger_model, make_model, write_gguf, write_hub_folder
 
-from minifuse.checkpoint import load_params, read_json
+from minifuse.checkpoint import load_params
 from minifuse.config import ModelConfig
 from minifuse.convert import BIN_FILE, BIN_INDEX_FILE, check, convert, open_source
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, UsageError
+from minifuse.files import read_json
 from minifuse.loader import Origin, load_model
 
 ROOT = Path(__file__).parents[1]

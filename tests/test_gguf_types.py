@@ -7,9 +7,10 @@ import torch
 from gguf import GGMLQuantizationType
 from tiny_files import VOCAB, make_model, random_blocks, write_gguf
 
-from minifuse.checkpoint import load_params, params_from_tensors, read_json
+from minifuse.checkpoint import load_params, params_from_tensors
 from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError
+from minifuse.files import read_json
 from minifuse.gguf import convert_gguf, read_gguf
 from minifuse.model import forward_plain
 

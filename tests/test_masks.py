@@ -9,12 +9,7 @@ from torch import Tensor
 
 from minifuse import masks as masks_module
 from minifuse.masks import make_decode_mask, make_dense_mask, make_prefill_mask, make_tables
-from minifuse.model import (
-    KV_BLOCK,
-    AttentionMask,
-    AttentionRule,
-    query_block_tokens,
-)
+from minifuse.model import KV_BLOCK, AttentionMask, AttentionRule, query_block_tokens
 
 CPU = torch.device("cpu")
 LABELS = 6

@@ -8,9 +8,10 @@ import torch
 from tiny_files import make_model
 from torch import Tensor
 
-from minifuse.checkpoint import load_params, read_json
+from minifuse.checkpoint import load_params
 from minifuse.config import ModelConfig
 from minifuse.executor import DECODE_SIZES, PREFILL_SIZES, Executor, Size, Token
+from minifuse.files import read_json
 from minifuse.model import (
     Params,
     fold_queries,

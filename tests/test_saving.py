@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from tiny_files import make_model
 
-from minifuse.checkpoint import load_params, read_json
+from minifuse.checkpoint import load_params
 from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError, MinifuseError
+from minifuse.files import read_json
 from minifuse.saving import save_checkpoint, save_folder
 
 EMBED = "model.embed_tokens.weight"
