@@ -185,7 +185,7 @@ def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = No
     raw = read_json(Path(folder) / "config.json")
     name = raw.get("dtype", raw.get("torch_dtype"))
     if name is not None:
-        if name not in DTYPES:
+        if not isinstance(name, str) or name not in DTYPES:
             raise ConfigError(
                 f"config field dtype is {name!r}; minifuse runs {', '.join(DTYPE_NAMES)}: "
                 "ask for one of them by name"

@@ -14,6 +14,8 @@ from minifuse.errors import ConfigError, UsageError
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 POSITION_SCHEMES = ("aligned", "restart")
 WEIGHT_SIGNALS = ("likelihood", "confidence")
+# No model stretches its context by so much; what does is a damaged config.
+MAX_ROPE_FACTOR = 100_000
 
 # Fields of config.json that carry no computation of the forward pass.
 _HARMLESS_FIELDS = frozenset(
@@ -201,7 +203,10 @@ class ModelConfig:
         family = _FAMILIES[model_type]
         heads = _positive_int(raw, "num_attention_heads")
         hidden_size = _positive_int(raw, "hidden_size")
-        kv_heads = _positive_int(raw, "num_key_value_heads", family["num_key_value_heads"] or heads)
+        kv_default = family["num_key_value_heads"] or heads
+        if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+            kv_default = heads
+        kv_heads = _positive_int(raw, "num_key_value_heads", kv_default)
         if heads % kv_heads:
             raise ConfigError(
                 f"config field num_key_value_heads is {kv_heads}; wanted a divisor of "
@@ -221,6 +226,14 @@ class ModelConfig:
             raw, "max_position_embeddings", family["max_position_embeddings"]
         )
         rope_theta, rope_scaling = _read_rope(raw, max_position_embeddings)
+        if isinstance(rope_scaling, DynamicScaling) and head_dim < 4:
+            raise ConfigError(
+                f"config field head_dim is {head_dim}; dynamic RoPE scaling wants at least 4"
+            )
+        if isinstance(rope_scaling, YarnScaling) and rope_theta <= 1:
+            raise ConfigError(
+                f"config field rope_theta is {rope_theta:g}; YaRN wants a number above 1"
+            )
         num_layers = _positive_int(raw, "num_hidden_layers")
         sliding_window, sliding_layers = _read_window(raw, family, num_layers)
         attention_bias = _boolean(raw, "attention_bias") or family["attention_bias"]
@@ -359,6 +372,8 @@ def _read_rope(raw: dict, max_position_embeddings: int) -> tuple[float, RopeScal
     if not isinstance(rope, dict):
         raise ConfigError(f"config field {field} is {rope!r}; wanted an object or null")
     other = given.get("rope_scaling", rope)
+    if not isinstance(other, dict):
+        raise ConfigError(f"config field rope_scaling is {other!r}; wanted an object or null")
     if any(key in rope and rope[key] != other[key] for key in other) or set(other) - set(rope):
         raise ConfigError(
             f"config fields rope_parameters, {rope!r}, and rope_scaling, {other!r}, contradict "
@@ -379,22 +394,31 @@ def _read_rope(raw: dict, max_position_embeddings: int) -> tuple[float, RopeScal
     return theta, _ROPE_READERS[kind](rope, field, max_position_embeddings)
 
 
+def _read_factor(rope: dict, field: str, default: float | None = None) -> float:
+    factor = _positive_float(rope, "factor", default)
+    if factor > MAX_ROPE_FACTOR:
+        raise ConfigError(
+            f"config field {field}.factor is {factor:g}; wanted at most {MAX_ROPE_FACTOR}"
+        )
+    return factor
+
+
 def _read_default(rope: dict, field: str, longest: int) -> None:
     return None
 
 
 def _read_linear(rope: dict, field: str, longest: int) -> LinearScaling:
-    return LinearScaling(_positive_float(rope, "factor"))
+    return LinearScaling(_read_factor(rope, field))
 
 
 def _read_dynamic(rope: dict, field: str, longest: int) -> DynamicScaling:
     # Transformers stretches from `max_position_embeddings` on, whatever else is said.
-    return DynamicScaling(_positive_float(rope, "factor"), longest)
+    return DynamicScaling(_read_factor(rope, field), longest)
 
 
 def _read_yarn(rope: dict, field: str, longest: int) -> YarnScaling:
     original = _positive_int(rope, "original_max_position_embeddings", longest)
-    factor = _positive_float(rope, "factor", longest / original)
+    factor = _read_factor(rope, field, longest / original)
     if rope.get("attention_factor") is not None:
         attention_factor = _positive_float(rope, "attention_factor")
     elif rope.get("mscale") and rope.get("mscale_all_dim"):
@@ -425,7 +449,7 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 
 def _read_llama3(rope: dict, field: str, longest: int) -> Llama3Scaling:
     scaling = Llama3Scaling(
-        factor=_positive_float(rope, "factor"),
+        factor=_read_factor(rope, field),
         low_freq_factor=_positive_float(rope, "low_freq_factor"),
         high_freq_factor=_positive_float(rope, "high_freq_factor"),
         original_max_position_embeddings=_positive_int(rope, "original_max_position_embeddings"),
@@ -537,7 +561,8 @@ class ChatConfig:
     """How a chat template is asked to render.
 
     system:    a system message that opens the conversation
-    variables: what else the template asks for, such as {"enable_thinking": False}; JSON values
+    variables: what else the template asks for, such as {"enable_thinking": False}; JSON values.
+               They are the template's own: a control token in them is one
     """
 
     system: str | None = None

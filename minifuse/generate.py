@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minifuse.command import Parser, check_interrupt, run_command
 from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig, GenerationConfig
@@ -261,20 +261,29 @@ def _read_options(args: argparse.Namespace) -> Options:
         balance=fusion.balance,
         chat=args.chat,
         system=None if args.system is None else checked(_unescape(args.system), "--system"),
-        chat_variables=dict(map(_read_variable, args.chat_variables)),
+        chat_variables=_read_variables(args.chat_variables),
         **asdict(generation),
     )
 
 
-def _read_variable(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; a value that is no JSON is a text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise UsageError(f"--chat-variable is {text!r}; wanted NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, checked(value, "--chat-variable")
+def _read_variables(texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE each; a value that is no JSON is a text."""
+    variables: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = checked(text, "--chat-variable").partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--chat-variable is {text!r}; wanted NAME=VALUE")
+        if name in variables:
+            raise UsageError(f"--chat-variable {name} is given twice; wanted one value")
+        try:
+            variables[name] = json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            variables[name] = value
+    return variables
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")  # Python alone reads NaN and Infinity
 
 
 def _read_stop(values: list[str] | None, *, is_chat: bool) -> tuple[str, ...]:

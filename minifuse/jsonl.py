@@ -253,7 +253,8 @@ class ResultsFile:
             record = self._read_record(self._record_path)
             self._check_options(record["options"], options)
             end = self._find_done(content, options.methods, prompts)
-            for id in self.done:
+            # In the order of the requests, so that the same call names the same one.
+            for id in (prompt.id for prompt in prompts if prompt.id in self.done):
                 if record["requests"].get(json.dumps(id)) != requests[json.dumps(id)]:
                     raise UsageError(
                         f"{self.path} answers another request under id {id!r}; choose another "

@@ -13,13 +13,14 @@ start together, or stop half way, leave whole files alone.
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from minifuse.cache import cache_bytes
 from minifuse.cards import DEFAULT_CARD, ModelCard, read_cards
@@ -33,9 +34,10 @@ from minifuse.errors import (
     UsageError,
 )
 from minifuse.files import read_json
-from minifuse.gguf import convert_gguf
+from minifuse.gguf import read_gguf
 from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
 from minifuse.model import Params
+from minifuse.saving import save_folder
 from minifuse.tokenizer import Tokenizer
 from minifuse.wheels import cache_dir, fetch_gguf, file_sha256
 
@@ -88,13 +90,14 @@ def load_model(
     _check_dtype(dtype)
     place = resolve_device(device)
 
-    def check(folder: Path) -> None:
-        """Refuse by its config alone what would be refused after a long download."""
-        raw = read_json(folder / "config.json")
+    def check(raw: dict) -> None:
+        """Refuse by its config alone what would be refused after much work."""
         name = raw.get("dtype", raw.get("torch_dtype")) if dtype == "auto" else dtype
-        config = ModelConfig.from_hf(raw)
-        if name in DTYPES:
-            _check_memory(config, DTYPES[name], place)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is a warning comes when the model is loaded
+            config = ModelConfig.from_hf(raw)
+            if isinstance(name, str) and name in DTYPES:
+                _check_memory(config, DTYPES[name], place)
 
     origin = resolve_model(model, dtype, check)
     config = ModelConfig.from_hf(read_json(origin.folder / "config.json"))
@@ -104,6 +107,7 @@ def load_model(
             f"{origin.folder}: the tokenizer's largest token id is {tokenizer.vocab_size - 1}, but "
             f"the embedding has {config.vocab_size} rows; the files belong to different models"
         )
+    eos_token_ids = _end_tokens(origin, tokenizer)
     torch_dtype = stored_dtype(origin.folder) if dtype == "auto" else DTYPES[dtype]
     _check_memory(config, torch_dtype, place)
     params = load_params(origin.folder, config, torch_dtype, place)
@@ -111,7 +115,7 @@ def load_model(
         config=config,
         params=params,
         tokenizer=tokenizer,
-        eos_token_ids=_end_tokens(origin, tokenizer),
+        eos_token_ids=eos_token_ids,
         name=origin.name,
         source=origin.source,
         dtype=torch_dtype,
@@ -143,11 +147,12 @@ def resolve_device(device: str) -> torch.device:
 def resolve_model(
     model: str | Path | None = None,
     dtype: str = "auto",
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[dict], None] = lambda config: None,
 ) -> Origin:
     """Find a model and bring it into a folder in hub layout, fetching and converting if need be.
 
-    check:  of `fetch_snapshot`
+    check:  looks at what config.json holds, or would, before weights are fetched, hashed or
+            converted; what it raises spares that
     raises: as `resolve_card`; ModelNotFoundError, listing what is accepted, for any other name
     """
     cards = read_cards()
@@ -158,10 +163,10 @@ def resolve_model(
     # os.path, not Path: it answers no, and does not raise, for names that can be no file.
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
-        return _resolve_folder(path)
+        return _resolve_folder(path, check)
     is_gguf = path.suffix.lower() == ".gguf"
     if is_gguf and os.path.isfile(path):
-        return _resolve_gguf(path, dtype)
+        return _resolve_gguf(path, dtype, check)
     is_path = is_gguf or isinstance(model, Path) or os.path.isfile(path)
     source = None if is_path else parse_hub_id(name)
     if source is not None:
@@ -179,10 +184,10 @@ def resolve_model(
     )
 
 
-def resolve_card(card: ModelCard, check: Callable[[Path], None] = lambda folder: None) -> Origin:
+def resolve_card(card: ModelCard, check: Callable[[dict], None] = lambda config: None) -> Origin:
     """Find a card's model in the cache, or fetch and convert it.
 
-    check:  of `fetch_snapshot`
+    check:  as in `resolve_model`
     raises: ModelNotFoundError, listing what was tried; CheckpointError for a file of another hash;
             MinifuseError where the cache has no room or cannot be written
     """
@@ -191,7 +196,7 @@ def resolve_card(card: ModelCard, check: Callable[[Path], None] = lambda folder:
         return _resolve_hub(source, card.name, check, card.stop_tokens)
     folder = _converted_folder(source.sha256, source.dtype)
     if not folder.is_dir():
-        folder = _converted(fetch_gguf(source, card.name), source.sha256, source.dtype)
+        folder = _converted(fetch_gguf(source, card.name), source.sha256, source.dtype, check)
     return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
 
 
@@ -225,26 +230,26 @@ def _end_tokens(origin: Origin, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*read_eos_ids(origin.folder), *added)))
 
 
-def _resolve_folder(folder: Path) -> Origin:
+def _resolve_folder(folder: Path, check: Callable[[dict], None]) -> Origin:
     # The config first: a folder that is no model at all deserves that message, not one of weights.
-    read_json(folder / "config.json")
+    check(read_json(folder / "config.json"))
     hashes = [f"{path.name} sha256 {file_sha256(path)}" for path in weight_files(folder)]
     return Origin(folder, folder.resolve().name, f"folder {folder}; {', '.join(hashes)}")
 
 
-def _resolve_gguf(path: Path, dtype: str) -> Origin:
+def _resolve_gguf(path: Path, dtype: str, check: Callable[[dict], None]) -> Origin:
     sha256 = file_sha256(path)
-    folder = _converted(path, sha256, dtype)
+    folder = _converted(path, sha256, dtype, check)
     return Origin(folder, path.stem, f"file {path}; sha256 {sha256}")
 
 
 def _resolve_hub(
     source: HubSource,
     name: str,
-    check: Callable[[Path], None],
+    check: Callable[[dict], None],
     stop_tokens: tuple[str, ...] = (),
 ) -> Origin:
-    folder = fetch_snapshot(source, check)
+    folder = fetch_snapshot(source, lambda folder: check(read_json(folder / "config.json")))
     # The commit pins the weights; hashing them at each start would take longer than loading them.
     return Origin(folder, name, f"{source}, commit {folder.name}", stop_tokens)
 
@@ -253,11 +258,14 @@ def _converted_folder(sha256: str, dtype: str) -> Path:
     return cache_dir() / "gguf" / sha256 / f"{dtype}-v{_CONVERSION_VERSION}"
 
 
-def _converted(path: Path, sha256: str, dtype: str) -> Path:
+def _converted(path: Path, sha256: str, dtype: str, check: Callable[[dict], None]) -> Path:
     folder = _converted_folder(sha256, dtype)
     if not folder.is_dir():
-        print(f"converting {path.name}, once", file=sys.stderr)
-        convert_gguf(path, folder, dtype=dtype)
+        checkpoint = read_gguf(path)
+        own = checkpoint.own_dtype if dtype == "auto" else dtype
+        check(checkpoint.config | {"torch_dtype": own})
+        progress = partial(tqdm, desc=f"converting {path.name}, once", unit="tensor")
+        save_folder(folder, checkpoint, dtype=own, progress=lambda it, n: progress(it, total=n))
     return folder
 
 
@@ -292,9 +300,23 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    limits = [_free_in_group()]
     with contextlib.suppress(OSError):
         # Of what the system calls free it leaves out the file cache, which it gives up on demand.
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                limits.append(int(line.split()[1]) * 1024)
+    found = [limit for limit in limits if limit is not None]
+    return min(found) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_in_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves (cgroup v2), None where there is no limit."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit = int((folder / "memory.max").read_text())  # "max" where there is none
+        used = int((folder / "memory.current").read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        # File cache that is given up on demand counts as used there.
+        cached = int(dict(line.split() for line in lines)["inactive_file"])
+        return max(0, limit - used + cached)
+    return None

@@ -1,8 +1,9 @@
 """Block lists from labels and tables, and the dense mask that they stand for.
 
 The rule, for a query with label q at slot s and a key with label k at slot t:
-visible = visibility[q, k] and t <= s. For a prefix, two segments and a view, labels 1 to 4, one
-slot each behind the reserved slot 0, that is
+visible = visibility[q, k] and t <= s; in a layer with a sliding window their positions have to be
+near, too (`model.is_visible`, which every mask here asks). For a prefix, two segments and a view,
+labels 1 to 4, one slot each behind the reserved slot 0, that is
 
     slot     0 1 2 3 4
     pad      1 0 0 0 0

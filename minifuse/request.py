@@ -4,6 +4,7 @@ A `Job` says which segments, views and streams the methods of a request need, an
 they become known; it computes nothing. The engine runs it.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
@@ -124,6 +125,8 @@ class Frame:
     """What stands around a user's message as token ids, and how its ends are to be treated.
 
     head_ids, tail_ids: before and after the message
+    lead:               a space that the template writes right before the message; encoded with it,
+                        since most vocabularies join the two
     starts_message:     the message is encoded as the start of a text
     starts_answer:      so is what opens the answer
     chat:               the template's frame; None where there is no template
@@ -131,6 +134,7 @@ class Frame:
 
     head_ids: tuple[int, ...]
     tail_ids: tuple[int, ...] = ()
+    lead: str = ""
     starts_message: bool = True
     starts_answer: bool = False
     chat: ChatFrame | None = None
@@ -144,11 +148,14 @@ def make_frame(tokenizer: Tokenizer, chat: ChatFrame | None) -> Frame:
     """Encode what a chat template writes; without one, the BOS that the tokenizer itself adds."""
     if chat is None:
         return Frame(tokenizer.bos_ids)
+    lead = " " if chat.head.endswith(" ") else ""
+    bare = replace(chat, head=chat.head.removesuffix(lead))
     return Frame(
-        head_ids=tuple(encode_head(tokenizer, chat)),
+        head_ids=tuple(encode_head(tokenizer, bare)),
         tail_ids=tuple(encode_tail(tokenizer, chat)),
-        starts_message=tokenizer.is_start_after(chat.head),
-        starts_answer=tokenizer.is_start_after(chat.tail),
+        lead=lead,
+        starts_message=tokenizer.is_start_after(bare.head),
+        starts_answer=bool(chat.tail) and tokenizer.is_start_after(chat.tail),
         chat=chat,
     )
 
@@ -310,8 +317,11 @@ class Job:
         dry = replace(self, packed=PackedPrompt(self.prompt), consumers={}, states={})
         dry.place_segments()
         dry.place_signal_views()
-        # Found weights are not known yet. Uneven ones share the fewest views.
-        dry.set_weights(torch.arange(1.0, self.num_segments + 1).log())
+        # Found weights are not known yet. Uneven ones share the fewest views, and the longest
+        # segment as the heaviest reaches furthest, wherever it stands.
+        lengths = torch.tensor([len(token_ids) for token_ids in self.prompt.segment_ids])
+        ranks = (1.0 + lengths.argsort(stable=True).argsort()).log()
+        dry.set_weights(math.copysign(1.0, self.plan.fusion.beta) * ranks)
         dry.place_views()
         new_tokens = self.plan.generation.max_new_tokens
         views = {dry.view(request).suffix for a in dry.answers for request in a.views}
@@ -364,11 +374,16 @@ def encode_prompt(tokenizer: Tokenizer, request: Request, frame: Frame) -> Promp
     segment_ids = []
     for number, text in enumerate(segments, 1):
         trimmed = frame.trim(text, is_start=not prefix, is_end=True)
-        token_ids = tuple(tokenizer.encode(trimmed, is_start=is_start))
-        if not token_ids:
+        if not trimmed:
             raise UsageError(f"segment {number} is {text!r}, which is empty; wanted text")
+        lead = "" if prefix else frame.lead
+        token_ids = tuple(tokenizer.encode(lead + trimmed, is_start=is_start))
+        if not token_ids:
+            raise UsageError(f"segment {number} is {text!r}, which the tokenizer drops whole")
         segment_ids.append(token_ids)
-    prefix_ids = tokenizer.encode(prefix, is_start=frame.starts_message)
+    prefix_ids = ()
+    if prefix:
+        prefix_ids = tokenizer.encode(frame.lead + prefix, is_start=frame.starts_message)
     suffix_ids = tokenizer.encode(request.suffix, is_start=frame.starts_answer)
     return Prompt(
         (*frame.head_ids, *prefix_ids), tuple(segment_ids), (*frame.tail_ids, *suffix_ids)

@@ -114,8 +114,9 @@ class Tokenizer:
         if not text:
             return True
         encoding = self._full.encode(text, add_special_tokens=False)
-        return (
+        return bool(
             self._is_prefixed_after_control
+            and encoding.ids
             and encoding.ids[-1] in self.control_ids
             and encoding.offsets[-1][1] == len(text)
         )

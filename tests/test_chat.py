@@ -16,6 +16,7 @@ from transformers.utils import chat_template_utils
 from minifuse import chat
 from minifuse.chat import ChatFrame, ChatTemplate, encode_head, encode_tail, render_frame
 from minifuse.errors import CheckpointError, UsageError
+from minifuse.request import Request, encode_prompt, make_frame
 
 TEMPLATES = Path(__file__).parent / "templates"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -231,7 +232,15 @@ BARE_FRAMES = {
     "metaspace_always": "<s>{}</s>the",
     "unigram": "{}\nthe</s>the",
 }
-CASES = [*FRAMES.items(), *BARE_FRAMES.items()]
+# As Mistral's and Llama 2's do: a space, which vocabularies join with the first word, stands last.
+SPACE_FRAMES = {
+    "smollm": "<|im_start|>user: {}<|im_end|>\n",
+    "llama2": "<s>[the] {}[/the]",
+    "metaspace_first": "<s>[the] {} [/the]",
+    "metaspace_always": "<s>the {}</s>the",
+    "unigram": "<s>the {}</s>",
+}
+CASES = [*FRAMES.items(), *BARE_FRAMES.items(), *SPACE_FRAMES.items()]
 
 
 @pytest.mark.parametrize(("kind", "frame"), CASES, ids=lambda case: case.replace("\n", " "))
@@ -243,15 +252,31 @@ def test_ids_equal_those_of_the_rendered_text(kind, frame, text, tmp_path):
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     found = render_frame(chat.read_chat_template(folder))
     assert (found.head, found.tail) == tuple(frame.split("{}"))
-    ids = [
-        *encode_head(ours, found),
-        *ours.encode(text, is_start=ours.is_start_after(found.head)),
-        *encode_tail(ours, found),
-    ]
     messages = [{"role": "user", "content": text}]
-    assert ids == theirs.apply_chat_template(
+    wanted = theirs.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
+    whole = encode_prompt(ours, Request([text]), make_frame(ours, found))
+    assert [*whole.prefix_ids, *whole.segment_ids[0], *whole.suffix_ids] == wanted
+
+
+def test_a_space_before_the_message_goes_with_prefix_or_segment():
+    ours = OURS["llama2"]
+    frame = make_frame(ours, ChatFrame("<s>[the] ", "</s>", False, False))
+    alone = encode_prompt(ours, Request(["the capital"]), frame)
+    assert alone.segment_ids[0] == tuple(ours.encode(" the capital", is_start=False))
+    assert alone.prefix_ids == tuple(ours.encode_template("<s>[the]", is_start=True))
+    both = encode_prompt(ours, Request(["capital"], prefix="the "), frame)
+    assert both.segment_ids[0] == tuple(ours.encode("capital", is_start=False))
+    assert both.prefix_ids == (*alone.prefix_ids, *ours.encode(" the ", is_start=False))
+
+
+def test_what_opens_an_answer_is_no_start_where_the_template_writes_nothing_after_the_message():
+    ours = OURS["llama2"]
+    frame = make_frame(ours, ChatFrame("<s>the ", "", False, False))
+    prompt = encode_prompt(ours, Request(["capital"], suffix="the"), frame)
+    assert prompt.suffix_ids == tuple(ours.encode("the", is_start=False))
+    assert prompt.suffix_ids != tuple(ours.encode("the", is_start=True))
 
 
 def test_ids_of_a_real_frame_on_a_byte_level_tokenizer(tmp_path):

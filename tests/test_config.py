@@ -422,6 +422,8 @@ def test_dynamic_frequencies_depend_on_requests_beyond_the_original_context():
         ({**YARN, "truncate": "no"}, "truncate is 'no'"),
         ({**YARN, "original_max_position_embeddings": 1.5}, "original_max_position_emb.* is 1.5"),
         ({**YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({**YARN, "rope_theta": 1.0}, "rope_theta is 1; YaRN wants a number above 1"),
+        ({**YARN, "factor": 1e300}, r"factor is 1e\+300; wanted at most 100000"),
     ],
 )
 def test_scalings_with_a_bad_value(rope, message):
@@ -429,8 +431,20 @@ def test_scalings_with_a_bad_value(rope, message):
         read(rope_scaling=rope)
 
 
+def test_dynamic_scaling_wants_a_head_that_has_room_for_it():
+    with pytest.raises(ConfigError, match="head_dim is 2; dynamic RoPE scaling wants at least 4"):
+        read(head_dim=2, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+
+
+def test_key_value_heads_that_are_null_are_as_many_as_heads():
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        assert read(model_type=family, num_key_value_heads=None).num_key_value_heads == 4
+
+
 @pytest.mark.parametrize("value", [[1], "llama3", 8.0])
 def test_scaling_that_is_no_object(value):
+    with pytest.raises(ConfigError, match=r"rope_scaling is .*object or null"):
+        read(rope_scaling=value, rope_parameters=SCALING)
     with pytest.raises(ConfigError, match=r"rope_scaling is .*object or null"):
         read(rope_scaling=value)
 

@@ -370,6 +370,26 @@ def test_families_score_by_the_reference(family_fuser):
             assert score == pytest.approx(wanted, abs=TOLERANCE * len(target))
 
 
+@pytest.mark.parametrize("weights", ["likelihood", (1, 3, 2)], ids=str)
+def test_the_heaviest_segment_is_measured_wherever_it_stands(family_fuser, weights):
+    """Which one is heaviest is not known when the request is measured."""
+    long, short = "Q: " + "the value of a key, " * 3, "Q: a key?"
+    results = []
+    for segments in ([long, short, "Q: Z"], ["Q: Z", short, long]):
+        given = (
+            weights if isinstance(weights, str) else weights[:: 1 if segments[0] == long else -1]
+        )
+        request = {"prefix": "def f:\n", "segments": segments, "suffix": "A:", "weights": given}
+        for beta in (1.0, -1.0):
+            result = family_fuser.generate(
+                **request, methods=["weighted_max"], beta=beta, max_new_tokens=2
+            )
+            results.append((beta, result["weighted_max"].logprobs))
+    for (beta, one), (other_beta, other) in zip(results[:2], results[2:], strict=True):
+        assert beta == other_beta
+        torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
+
+
 def test_windows_and_frequencies_matter_here(family_fuser):
     """The comparisons above say something: without the feature the answers' scores differ."""
     config = family_fuser.model.config
@@ -1340,6 +1360,16 @@ def test_a_prompt_beyond_the_context_is_an_error_with_both_numbers(fuser):
             fuser.generate(**many, methods=["fused", method], max_new_tokens=1)
     with pytest.raises(UsageError, match=f"the model has {longest}"):
         fuser.score(**REQUEST, continuations=["Z" * longest])
+
+
+@pytest.mark.parametrize("beta", [1.0, -1.0])
+def test_the_longest_segment_counts_wherever_it_stands(fuser, beta):
+    """Any segment may turn out heaviest."""
+    config = replace(fuser.model.config, max_position_embeddings=40)
+    small = minifuse.Fuser(replace(fuser.model, config=config), compile=False)
+    for segments in (["Q: Z " * 20, "Q: Z"], ["Q: Z", "Q: Z " * 20]):
+        with pytest.raises(UsageError, match="the model has 40"):
+            small.generate(segments=segments, suffix="A:", methods=["weighted_max"], beta=beta)
 
 
 def test_the_last_position_is_as_good_as_any(folder, truth):

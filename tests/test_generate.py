@@ -150,6 +150,7 @@ BAD_USAGE = [
     (["a", "--system", "x"], "--system is for a chat template; wanted --chat beside it"),
     (["a", "--chat-variable", "x=1"], "--chat-variable is for a chat template"),
     (["a", "--chat", "--chat-variable", "x"], "--chat-variable is 'x'; wanted NAME=VALUE"),
+    (["a", "--chat"] + ["--chat-variable", "x=1"] * 2, "--chat-variable x is given twice"),
     (["a", "--chat", "--chat-variable", "=x"], "--chat-variable is '=x'; wanted NAME=VALUE"),
     (["a", "--chat", "--system", "\udc80"], "--system holds the lone surrogate"),
     (["a", "--temp", "1"], "unrecognized arguments"),

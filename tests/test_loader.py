@@ -160,6 +160,37 @@ def test_little_memory_beside_the_weights_is_a_warning_with_the_numbers(folder, 
         load_model(folder)
 
 
+def test_memory_is_planned_before_a_file_is_hashed_or_converted(folder, tmp_path, monkeypatch):
+    """Large models take minutes of either."""
+    monkeypatch.setenv("MINIFUSE_HOME", str(tmp_path / "home"))
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama"))
+    monkeypatch.setattr(loader, "free_memory", lambda device: 1000)
+    for model in (path, folder):
+        with pytest.raises(MinifuseError, match=r"weights take .* has 0\.00 GB free"):
+            load_model(model)
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_memory_of_a_container(tmp_path):
+    """Cgroup v2: its limit, less what is used, but for file cache that goes on demand."""
+    assert loader._free_in_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 300\ninactive_file 200\n")
+    assert loader._free_in_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert loader._free_in_group(tmp_path) == 500
+    (tmp_path / "memory.max").write_text("100\n")
+    assert loader._free_in_group(tmp_path) == 0
+
+
+@pytest.mark.parametrize("value", [[], {}, 3])
+def test_dtype_of_the_config_that_is_no_name(folder, value):
+    edit_json(folder / "config.json", dtype=value)
+    with pytest.raises(ConfigError, match="config field dtype is"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_folder_that_lacks_a_file(folder, name):
     (folder / name).unlink()
