@@ -14,9 +14,16 @@ from pathlib import Path
 
 from minifuse.command import Parser, run_command
 from minifuse.config import DTYPE_NAMES
-from minifuse.errors import ConfigError, ModelNotFoundError, UsageError
+from minifuse.errors import (
+    ConfigError,
+    MinifuseError,
+    ModelNotFoundError,
+    UsageError,
+    one_line,
+)
+from minifuse.files import format_bytes
 from minifuse.hub import HubSource, find_snapshot
-from minifuse.wheels import PypiSource, find_gguf
+from minifuse.wheels import PypiSource, converted_folder, find_gguf
 
 DEFAULT_CARD = "smollm2-135m-instruct-q4_1"
 
@@ -37,6 +44,20 @@ class ModelCard:
     license: str
     stop_tokens: tuple[str, ...]
     source: PypiSource | HubSource
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What of a card is on this machine.
+
+    path:      what would be loaded: a folder, or the GGUF that it would be made of
+    num_bytes: of that, and of the GGUF where both are there
+    problem:   why it cannot be told, on one line
+    """
+
+    path: Path | None = None
+    num_bytes: int | None = None
+    problem: str | None = None
 
 
 def card_folder() -> Path:
@@ -146,11 +167,20 @@ def _run(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def find_cached(card: ModelCard) -> Path | None:
-    """Where a card's files lie on this machine; None where they would have to be fetched."""
-    if isinstance(card.source, HubSource):
-        return find_snapshot(card.source)
-    return find_gguf(card.source)
+def find_cached(card: ModelCard) -> CacheState:
+    """What of a card is on this machine; asks no network, and a damaged cache is a problem told."""
+    try:
+        if isinstance(card.source, HubSource):
+            found = [find_snapshot(card.source)]
+        else:
+            folder = converted_folder(card.source.sha256, card.source.dtype)
+            found = [folder if folder.is_dir() else None, find_gguf(card.source)]
+        paths = [path for path in found if path is not None]
+        return CacheState(paths[0], sum(map(size_on_disk, paths))) if paths else CacheState()
+    except MinifuseError as error:
+        return CacheState(problem=str(error))
+    except OSError as error:
+        return CacheState(problem=one_line(error))
 
 
 def size_on_disk(path: Path) -> int:
@@ -171,7 +201,7 @@ def _select(names: Sequence[str]) -> list[ModelCard]:
 
 def _format_json(card: ModelCard) -> str:
     kinds = {source: kind for kind, source in _SOURCES.items()}
-    path = find_cached(card)
+    state = find_cached(card)
     return json.dumps(
         {
             "name": card.name,
@@ -179,15 +209,16 @@ def _format_json(card: ModelCard) -> str:
             "description": card.description,
             "license": card.license,
             "source": {"kind": kinds[type(card.source)], **asdict(card.source)},
-            "cached": path is not None,
-            "path": None if path is None else str(path),
-            "bytes": None if path is None else size_on_disk(path),
+            "cached": state.path is not None,
+            "path": None if state.path is None else str(state.path),
+            "bytes": state.num_bytes,
+            "problem": state.problem,
         }
     )
 
 
 def _format_table(cards: Sequence[ModelCard]) -> Iterator[str]:
-    """Two lines a card, a third where it is cached; all but that path fits into 80 columns."""
+    """Two lines a card, a third where it is cached or damaged; all but that fits 80 columns."""
     rows = [(card.name, card.license, ", ".join(card.aliases)) for card in cards]
     header = ("NAME", "LICENSE", "ALIASES")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -195,21 +226,16 @@ def _format_table(cards: Sequence[ModelCard]) -> Iterator[str]:
     for card, row in zip(cards, rows, strict=True):
         yield _format_row(row, widths)
         yield f"  {card.source}"
-        path = find_cached(card)
-        if path is not None:
-            yield f"  cached, {_format_bytes(size_on_disk(path))}: {path}"
+        state = find_cached(card)
+        if state.problem is not None:
+            yield f"  damaged: {state.problem}"
+        elif state.path is not None:
+            yield f"  cached, {format_bytes(state.num_bytes)}: {state.path}"
 
 
 def _format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
     return "  ".join(padded).rstrip()
-
-
-def _format_bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from minifuse.errors import CheckpointError, UsageError
+from minifuse.errors import CheckpointError, UsageError, one_line
 from minifuse.files import read_json
 from minifuse.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer, check_text
 
@@ -324,7 +324,11 @@ def _conversation(system: str | None, user: str) -> dict[str, object]:
 
 
 def _render(template: ChatTemplate, contexts: list[dict]) -> list[str]:
-    """Render in another Python, which sees nothing but the standard library and jinja2."""
+    """Render in another process, whose time, memory and output are limited where the platform can.
+
+    That Python could open any file that this one can: what keeps a template from it is Jinja's
+    sandbox, which gives templates no way to files, modules or Python's own attributes.
+    """
     request = {
         "paths": _find_packages("jinja2", "markupsafe"),
         "template": template.text,
@@ -354,7 +358,7 @@ def _render(template: ChatTemplate, contexts: list[dict]) -> list[str]:
         raise _death(template, done)
     answer = json.loads(done.stdout)
     if "error" in answer:
-        raise _failure(template, answer["error"], _one_line(answer["message"]))
+        raise _failure(template, answer["error"], one_line(answer["message"]))
     return answer["texts"]
 
 
@@ -374,7 +378,7 @@ def _death(template: ChatTemplate, done: subprocess.CompletedProcess) -> Checkpo
     if done.returncode == -getattr(signal, "SIGXCPU", 0):
         return _overrun(template, f"more than {CPU_SECONDS} seconds of CPU time")
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    last = _one_line(lines[-1]) if lines else "it said nothing"
+    last = one_line(lines[-1]) if lines else "it said nothing"
     return CheckpointError(
         f"{template.source}: the process that rendered the chat template ended with status "
         f"{done.returncode}: {last}"
@@ -400,12 +404,6 @@ def _failure(template: ChatTemplate, kind: str, message: str) -> CheckpointError
         "size": f"writes more than {MAX_RENDERED_CHARS:,} characters",
     }.get(kind, f"failed: {message}")
     return CheckpointError(f"{template.source}: the chat template {what}")
-
-
-def _one_line(text: str, max_chars: int = 200) -> str:
-    """Foreign text that is fit for a message."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= max_chars else text[:max_chars].rstrip() + "..."
 
 
 # Taking renderings apart

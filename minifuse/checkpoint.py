@@ -7,7 +7,7 @@ memory-mapped file straight into its rows of the stack, so no second copy of the
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minifuse.config import DTYPE_NAMES, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
-from minifuse.files import list_names, read_json
+from minifuse.files import is_inside, list_names, read_json
 from minifuse.model import LayerParams, Params
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -379,14 +379,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{path} has no weight_map of tensor names to shard files")
     for shard in placed.values():
-        if not isinstance(shard, str) or not _is_inside(shard):
+        if not isinstance(shard, str) or not is_inside(shard):
             raise CheckpointError(
                 f"{path} names the shard {shard!r}; wanted a path inside of the folder"
             )
     return placed
-
-
-def _is_inside(shard: str) -> bool:
-    """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
-    windows = PureWindowsPath(shard)
-    return bool(windows.parts) and not windows.anchor and ".." not in windows.parts

@@ -17,6 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minifuse.chat import (
+    LEGACY_TEMPLATE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+)
 from minifuse.checkpoint import (
     DTYPES,
     FILE_DTYPES,
@@ -24,6 +30,7 @@ from minifuse.checkpoint import (
     SINGLE_FILE,
     StoredTensor,
     check_stored,
+    count_parameters,
     find_tensors,
     params_from_tensors,
     read_index,
@@ -31,27 +38,30 @@ from minifuse.checkpoint import (
     stored_dtype,
 )
 from minifuse.config import ModelConfig
-from minifuse.errors import CheckpointError, UsageError
-from minifuse.files import list_names, read_json
+from minifuse.errors import CheckpointError, MinifuseError, UsageError
+from minifuse.files import format_bytes, list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
-from minifuse.loader import resolve_model
+from minifuse.loader import free_memory, resolve_model
 from minifuse.model import forward_plain
 from minifuse.saving import DEFAULT_SHARD_BYTES, save_folder
+from minifuse.tokenizer import TOKENIZER_CONFIG_FILE
 
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 
-# What is carried over into the new folder, where it is there, beside the licence.
+# What is carried over into the new folder, where it is there, beside the licence and the templates
+# in TEMPLATE_FOLDER.
 CARRIED_FILES = (
     "added_tokens.json",
-    "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
-    "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
     "vocab.json",
+    LEGACY_TEMPLATE_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
 )
 _LICENCE = re.compile(r"(licen[cs]e|copying|notice|use_policy)([._-].*)?", re.IGNORECASE)
 
@@ -85,10 +95,13 @@ class HubFolder:
         return (_read_torch_files if self._is_torch else read_tensors)(self._stored)
 
     def save_files(self, folder: Path) -> None:
-        """Copy tokenizer, chat template, generation config and licence into another folder."""
+        """Copy tokenizer, chat templates, generation config and licence into another folder."""
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and (file.name in CARRIED_FILES or _LICENCE.fullmatch(file.name)):
                 shutil.copyfile(file, folder / file.name)
+        for file in sorted((self.folder / TEMPLATE_FOLDER).glob("*.jinja")):
+            (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / TEMPLATE_FOLDER / file.name)
 
 
 class Comparison(NamedTuple):
@@ -124,7 +137,7 @@ def open_source(source: Path | str) -> GgufCheckpoint | HubFolder:
                 f"{path} is a file, but no .gguf; for safetensors and {BIN_FILE} give the folder"
             )
         return read_gguf(path)
-    return _open_folder(resolve_model(source).folder)
+    return _open_folder(resolve_model(source, check=ModelConfig.from_hf).folder)
 
 
 def convert(
@@ -139,15 +152,22 @@ def convert(
 
     dtype:    name of the dtype to write; "auto" is the source's own, bfloat16 where it is quantised
     progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
-    raises:   UsageError where the target is there already; what `open_source` raises; MinifuseError
-              where the folder cannot be written
+    raises:   UsageError where the target is there already, or comes from elsewhere meanwhile; what
+              `open_source` raises; MinifuseError where the folder cannot be written
     """
     target = Path(target)
     if os.path.lexists(target):
         raise UsageError(f"{target} exists; choose a new folder or remove it first")
     model = open_source(source)
     dtype = model.own_dtype if dtype == "auto" else dtype
-    save_folder(target, model, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress)
+    is_ours = save_folder(
+        target, model, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
+    )
+    if not is_ours:
+        raise UsageError(
+            f"{target} was made by another process meanwhile and is left as it is; choose a new "
+            "folder"
+        )
     return dtype
 
 
@@ -156,10 +176,13 @@ def check(source: Path | str, target: Path | str) -> Comparison:
 
     Rounding the weights in memory to the folder's dtype shows how far the logits may move. The
     folder's may move twice as far, plus the rounding of float32 arithmetic, layer upon layer.
+
+    raises: what `open_source` raises; MinifuseError where the weights do not fit into memory
     """
     original, written = open_source(source), _open_folder(Path(target))
     dtype = written.own_dtype
     config = ModelConfig.from_hf(original.config)
+    _check_memory(config)
     rounded = ((name, tensor.to(DTYPES[dtype])) for name, tensor in original.tensors())
     exact = _logits(config, original.tensors())
     naive = _logits(config, rounded)
@@ -171,6 +194,16 @@ def check(source: Path | str, target: Path | str) -> Comparison:
         num_tokens=_CHECK_TOKENS,
         dtype=dtype,
     )
+
+
+def _check_memory(config: ModelConfig) -> None:
+    needed = count_parameters(config) * torch.float32.itemsize
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise MinifuseError(
+            f"the comparison takes {format_bytes(needed)} for the weights in float32, and "
+            f"{format_bytes(free)} of memory are free; compare on a larger machine, or not at all"
+        )
 
 
 @torch.inference_mode()

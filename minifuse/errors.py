@@ -28,6 +28,12 @@ class ModelNotFoundError(MinifuseError):
     """A model name leads nowhere; the message lists what was tried."""
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(said: BaseException | str, max_chars: int = 200) -> str:
+    """Foreign text fit for a message: printable, on one line, not endless.
+
+    Of an exception its text, or its type where it has none.
+    """
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(said)).split())
+    if not text and isinstance(said, BaseException):
+        return type(said).__name__
+    return text if len(text) <= max_chars else text[:max_chars].rstrip() + "..."

@@ -1,10 +1,14 @@
-"""The small files of a model folder: JSON read whole or refused in one line, names put in order."""
+"""What modules that read and write models share: JSON files, paths, and how both are spoken of."""
 
+import errno
 import json
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from minifuse.errors import CheckpointError, one_line
+
+# An OSError of these numbers: no room on the disk, in a quota, in what one file may hold.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_json(path: Path) -> dict:
@@ -37,3 +41,23 @@ def write_json(path: Path, content: dict) -> None:
 def list_names(names: Iterable[str]) -> str:
     """Names out of a file for a message, sorted; quoted where one would break the line."""
     return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names))
+
+
+def is_inside(path_text: str) -> bool:
+    """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
+    windows = PureWindowsPath(path_text)
+    return bool(windows.parts) and not windows.anchor and ".." not in windows.parts
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in the unit that disks are sold in: 98.4 MB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} B"
+
+
+def tool_command(name: str) -> str:
+    """How to start a tool, which lies inside of the package in a wheel, beside it in a checkout."""
+    is_wheel = Path(__file__).with_name("tools").is_dir()
+    return f"python -m {'minifuse.' if is_wheel else ''}tools.{name}"

@@ -20,7 +20,7 @@ from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.files import list_names, write_json
 from minifuse.gguf_tokenizer import read_tokenizer
 from minifuse.rope import make_inv_freq
-from minifuse.saving import DEFAULT_SHARD_BYTES, save_folder
+from minifuse.saving import save_folder
 
 # GGUF architecture -> the class that transformers names in config.json.
 ARCHITECTURES = {
@@ -185,10 +185,9 @@ def convert_gguf(
     target: Path | str,
     *,
     dtype: str = "auto",
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[Iterable, int], Iterable] | None = None,
 ) -> None:
-    """Write a GGUF as a folder in hub layout, all or nothing.
+    """Write a GGUF as a folder in hub layout, all or nothing; one that is there meanwhile stays.
 
     dtype:    name of the dtype to write; "auto" is the GGUF's own
     progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
@@ -199,7 +198,6 @@ def convert_gguf(
         target,
         checkpoint,
         dtype=checkpoint.own_dtype if dtype == "auto" else dtype,
-        max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
 

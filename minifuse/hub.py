@@ -8,7 +8,6 @@ keeps `--help` quick.
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import queue
 import re
@@ -16,13 +15,17 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, one_line
+from minifuse.files import DISK_FULL, format_bytes, is_inside, list_names, read_json, tool_command
+from minifuse.wheels import cache_dir
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -37,6 +40,7 @@ _SMALL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/default.jinja",
 )
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -49,7 +53,6 @@ _PATIENCE_S = 8
 # How long a broken download is tried again without a further byte.
 _STALL_S = 10
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RESUMES = "run the same command again: the download goes on where it stopped"
 _LOG_IN = "set HF_TOKEN or run: hf auth login"
 
@@ -98,6 +101,8 @@ def fetch_snapshot(source: HubSource, check: Callable[[Path], None] = lambda fol
 
     What is cached is taken without asking the hub, so that a branch does not move under the user.
     To take a branch's newest commit: `hf download ORG/NAME`, or name the commit as the revision.
+    Where another tool filled the cache, the hub is asked once for the small files of that commit;
+    where it does not answer, a warning names those that are not there.
 
     check:  looks at the folder when all but the weights is there; what it raises spares a download
     raises: ModelNotFoundError where the hub has no such model, keeps it to others, or is not
@@ -107,6 +112,7 @@ def fetch_snapshot(source: HubSource, check: Callable[[Path], None] = lambda fol
     """
     folder = find_snapshot(source)
     if folder is not None:
+        _complete(replace(source, revision=folder.name))
         return folder
     with _explained(source):
         pinned = _download(source, check)
@@ -123,15 +129,22 @@ def _library() -> ModuleType:
         import huggingface_hub.utils
     except ValueError as error:
         raise MinifuseError(
-            f"huggingface_hub cannot be used ({one_line(error)}); look at the variables HF_*"
+            f"huggingface_hub cannot be used ({_told(error)}); look at the variables HF_*"
         ) from error
     return huggingface_hub
 
 
 def _cached(source: HubSource, name: str) -> Path | None:
-    library = _library()
-    found = library.try_to_load_from_cache(source.repository, name, revision=source.revision)
+    found = _lookup(source, name)
     return Path(found) if isinstance(found, str) else None
+
+
+def _lookup(source: HubSource, name: str) -> object:
+    """A cached file's path; None where there is none; else the library's mark for a file that the
+    commit does not have.
+    """
+    library = _library()
+    return library.try_to_load_from_cache(source.repository, name, revision=source.revision)
 
 
 def _missing_files(source: HubSource) -> list[str]:
@@ -145,12 +158,14 @@ def _missing_files(source: HubSource) -> list[str]:
 
 def _read_shards(index: Path) -> list[str]:
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if all(re.fullmatch(r"(?!/)(?!.*\.\.).+", shard) for shard in shards):
-            return sorted(shards)
-        problem = f"it names {', '.join(sorted(shards))}"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = one_line(error)
+        placed = read_json(index).get("weight_map")
+        names = placed.values() if isinstance(placed, dict) else ()
+        odd = [name for name in names if not isinstance(name, str) or not is_inside(name)]
+        if names and not odd:
+            return sorted(set(names))
+        problem = f"it names {list_names(map(str, odd))}" if odd else "it has no weight_map"
+    except CheckpointError as error:
+        problem = str(error)
     raise CheckpointError(
         f"{index} is no index of shards ({problem}); wanted weight_map, tensor names to files of "
         "the repository: use another revision, or delete it to have it fetched again"
@@ -168,15 +183,68 @@ def _download(source: HubSource, check: Callable[[Path], None]) -> HubSource:
     pinned = replace(source, revision=info.sha)
     _write_ref(source, info.sha)
     # Small files first: where the weights are whole, so is everything else.
-    for name in (*_SMALL_FILES, *([] if _SINGLE_FILE in files else [_INDEX_FILE])):
-        if name in files and not _cached(pinned, name):
+    small = [name for name in _SMALL_FILES if name in files]
+    for name in (*small, *([] if _SINGLE_FILE in files else [_INDEX_FILE])):
+        if not _cached(pinned, name):
             _fetch_file(pinned, files[name])
     check(_cached(pinned, _REQUIRED_FILES[0]).parent)
     weights = _list_weights(pinned, files)
     _check_space(pinned, weights)
     for file in weights:
         _fetch_file(pinned, file)
+    _write_marker(pinned, small)
     return pinned
+
+
+def _complete(pinned: HubSource) -> None:
+    """Fetch the small files of a commit that another tool left out, where the hub can be asked.
+
+    What is there runs without them, so that whatever goes wrong is a warning.
+    """
+    if _has_marker(pinned):
+        return
+    unknown = [name for name in _SMALL_FILES if _lookup(pinned, name) is None]
+    if not unknown:
+        return
+    is_offline = _library().constants.HF_HUB_OFFLINE
+    try:
+        if is_offline:
+            raise MinifuseError("HF_HUB_OFFLINE forbids to ask for them")
+        with _explained(pinned):
+            files = {file.rfilename: file for file in _ask(pinned).siblings or ()}
+            absent = [name for name in unknown if name in files]
+            if absent:
+                print(f"fetching {', '.join(absent)} of {pinned}", file=sys.stderr)
+            for name in absent:
+                _fetch_file(pinned, files[name])
+            _write_marker(pinned, [name for name in _SMALL_FILES if name in files])
+    except MinifuseError as error:
+        warnings.warn(
+            f"another tool cached {pinned} without {', '.join(unknown)}; where the model has such "
+            f"files, answers differ without them ({error})"
+            + ("" if is_offline else "; HF_HUB_OFFLINE=1 spares the question"),
+            stacklevel=3,
+        )
+
+
+def _marker(pinned: HubSource) -> Path:
+    """Names the small files of a commit, one a line, once they have all been there."""
+    return cache_dir() / "hub" / _repository_folder(pinned).name / pinned.revision
+
+
+def _has_marker(pinned: HubSource) -> bool:
+    try:
+        names = _marker(pinned).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+    # Somebody may have deleted the snapshot and had another tool fetch it again.
+    return all(_cached(pinned, name) for name in names)
+
+
+def _write_marker(pinned: HubSource, names: list[str]) -> None:
+    # Where it cannot be written, the next start asks once more.
+    with contextlib.suppress(OSError):
+        _write_whole(_marker(pinned), "".join(f"{name}\n" for name in names))
 
 
 def _ask(source: HubSource) -> "ModelInfo":
@@ -201,7 +269,7 @@ def _ask(source: HubSource) -> "ModelInfo":
             raise
         raise ModelNotFoundError(
             f"{source} is not whole in the cache {_cache()}, and {_endpoint()} cannot be reached "
-            f"({one_line(error)}): connect, or correct HF_ENDPOINT, and run the same command again"
+            f"({_told(error)}): connect, or correct HF_ENDPOINT, and run the same command again"
         ) from error
 
 
@@ -246,7 +314,7 @@ def _weights_hint(files: dict[str, "RepoSibling"]) -> str:
     if any(re.fullmatch(r"pytorch_model(-.*)?\.bin", name) for name in files):
         return (
             "it has pytorch_model.bin: download the repository (hf download) and run "
-            "python -m tools.convert_weights FOLDER TARGET"
+            f"{tool_command('convert_weights')} FOLDER TARGET"
         )
     ggufs = sorted(name for name in files if name.endswith(".gguf"))
     if ggufs:
@@ -272,8 +340,8 @@ def _check_space(pinned: HubSource, weights: list["RepoSibling"]) -> None:
     free = shutil.disk_usage(_repository_folder(pinned)).free
     if wanted > free:
         raise MinifuseError(
-            f"{pinned.repository} takes another {wanted / 1e9:.2f} GB, but the cache {_cache()} "
-            f"has {free / 1e9:.2f} GB free: make room, or set HF_HOME to a folder on a larger disk"
+            f"{pinned.repository} takes another {format_bytes(wanted)}, but the cache {_cache()} "
+            f"has {format_bytes(free)} free: make room, or set HF_HOME to a folder on a larger disk"
         )
 
 
@@ -295,15 +363,19 @@ def _write_ref(source: HubSource, commit: str) -> None:
     """
     if source.revision == commit:
         return
-    ref = _repository_folder(source) / "refs" / source.revision
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    temporary = ref.with_name(f".{ref.name}.{os.getpid()}")
-    temporary.write_text(commit)
-    temporary.replace(ref)
+    _write_whole(_repository_folder(source) / "refs" / source.revision, commit)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _fetch_file(pinned: HubSource, file: "RepoSibling") -> None:
-    if file.lfs is not None:
+    # The hub serves what is larger by its own protocol alone, which the library speaks.
+    if file.lfs is not None and file.lfs.size <= _library().constants.MAX_HTTP_DOWNLOAD_SIZE:
         _fetch_blob(pinned, file)
     # Where the content is there, this only links the snapshot to it.
     _library().hf_hub_download(pinned.repository, file.rfilename, revision=pinned.revision)
@@ -322,6 +394,8 @@ def _fetch_blob(pinned: HubSource, file: "RepoSibling") -> None:
         folder.mkdir(parents=True, exist_ok=True)
     with _library().utils.WeakFileLock(lock):
         if blob.exists():
+            # By another tool, since an earlier run of this one broke off.
+            partial.unlink(missing_ok=True)
             return
         _fetch_rest(pinned, file, partial)
         with partial.open("rb") as content:
@@ -375,7 +449,18 @@ def _cache() -> Path:
 
 
 def _endpoint() -> str:
-    return _library().constants.ENDPOINT
+    """The hub's address, for messages: without the name and password that may stand in it."""
+    return _without_secrets(_library().constants.ENDPOINT)
+
+
+def _told(error: Exception) -> str:
+    return one_line(_without_secrets(str(error))) or type(error).__name__
+
+
+def _without_secrets(text: str) -> str:
+    """A text whose addresses have neither name and password nor what signs them."""
+    text = re.sub(r"//[^/\s'\"]*@", "//", text)
+    return re.sub(r"(\w://[^?\s'\"]*)\?[^\s'\"]*", r"\1", text)
 
 
 def _repository_folder(source: HubSource) -> Path:
@@ -406,16 +491,33 @@ def _explain(source: HubSource, error: Exception) -> MinifuseError:
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_answer(source, error)
     number = error.errno if isinstance(error, OSError) else None
-    if number in _DISK_FULL:
+    if number in DISK_FULL:
         return MinifuseError(
             f"the disk of the cache {_cache()} is full ({error.strerror}): make room and {_RESUMES}"
         )
-    if number is not None:
+    if number is not None and _is_of_cache(error):
         return MinifuseError(
-            f"the cache {_cache()} cannot be used ({one_line(error)}); set HF_HOME to a folder "
+            f"the cache {_cache()} cannot be used ({_told(error)}); set HF_HOME to a folder "
             "that can be written"
         )
-    return MinifuseError(f"{source} could not be fetched ({one_line(error)}); {_RESUMES}")
+    if number == errno.ENOENT and error.filename is None:
+        # How the library for TLS reports it, without the name.
+        return MinifuseError(
+            f"{source} could not be fetched ({_told(error)}): a file that the settings name is "
+            "missing; look at SSL_CERT_FILE and at the variables HF_*"
+        )
+    return MinifuseError(f"{source} could not be fetched ({_told(error)}); {_RESUMES}")
+
+
+def _is_of_cache(error: OSError) -> bool:
+    """Whether it names a file in the cache, or a folder that the cache lies in."""
+    if not isinstance(error.filename, str):
+        return False
+    path, cache = Path(error.filename).absolute(), _cache().absolute()
+    if error.errno == errno.ENOTDIR:
+        # It is a folder above that is none.
+        path = path.parent
+    return path.is_relative_to(cache) or cache.is_relative_to(path)
 
 
 def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
@@ -425,6 +527,9 @@ def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
     code = answer.headers.get("X-Error-Code")
     has_token = "authorization" in answer.request.headers
     page = f"{_endpoint()}/{source.repository}"
+    host = answer.request.url.host
+    is_hub = code is not None or host == urlsplit(_library().constants.ENDPOINT).hostname
+    asked = _endpoint() if is_hub else host
     if code == "GatedRepo":
         return ModelNotFoundError(
             f"{source} is gated: ask for access at {page}, then log in as who was granted it: "
@@ -437,12 +542,17 @@ def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
         )
     if code == "EntryNotFound":
         return ModelNotFoundError(f"{source} lists {answer.url.path}, but does not serve it")
+    if status == 403 and not is_hub:
+        return MinifuseError(
+            f"{host}, where the hub keeps the content of {source}, answers 403: the address that "
+            f"the hub gave has expired, or something on the way forbids it; {_RESUMES}"
+        )
     if status == 401 and has_token:
         return ModelNotFoundError(
             f"{_endpoint()} refuses the token that {source} was asked for with: it is invalid or "
             f"has expired; make one at {_endpoint()}/settings/tokens, then {_LOG_IN}"
         )
-    if status in (401, 404):
+    if status in (401, 404) and is_hub:
         return ModelNotFoundError(
             f"{source} does not exist on {_endpoint()} or is private: check its spelling (no "
             f"folder of that name is here either), or log in as someone who may read it: {_LOG_IN}"
@@ -455,14 +565,13 @@ def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
         )
     if status == 429:
         return MinifuseError(
-            f"{_endpoint()} answers 429: too many requests from here; wait some minutes and "
-            f"{_RESUMES}"
+            f"{asked} answers 429: too many requests from here; wait some minutes and {_RESUMES}"
         )
     if status >= 500:
         return MinifuseError(
-            f"{_endpoint()} answers {status}, an error of its own; wait some minutes and {_RESUMES}"
+            f"{asked} answers {status}, an error of its own; wait some minutes and {_RESUMES}"
         )
-    return MinifuseError(f"{_endpoint()} answers {status} for {source} ({one_line(error)})")
+    return MinifuseError(f"{asked} answers {status} for {source} ({_told(error)})")
 
 
 def _offline_error(source: HubSource) -> ModelNotFoundError:

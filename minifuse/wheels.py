@@ -14,6 +14,9 @@ from pathlib import Path
 
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, one_line
 
+# Part of the cache's names: a conversion that changes must not find its predecessor's folders.
+CONVERSION_VERSION = 1
+
 _PIP_MISSING = "No module named pip"
 
 
@@ -40,6 +43,14 @@ def cache_dir() -> Path:
 
     home = os.environ.get("MINIFUSE_HOME")
     return Path(home).expanduser() if home else Path(user_cache_dir("minifuse"))
+
+
+def converted_folder(sha256: str, dtype: str) -> Path:
+    """Where the cache keeps the folder in hub layout that a GGUF of this hash is converted to.
+
+    dtype: as it was asked for, "auto" included
+    """
+    return cache_dir() / "gguf" / sha256 / f"{dtype}-v{CONVERSION_VERSION}"
 
 
 def file_sha256(path: Path) -> str:

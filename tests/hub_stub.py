@@ -64,6 +64,7 @@ class HubStub:
     stalls:       whether it stays open instead, silent until the server stops
     claimed_size: of every large file in the listing, instead of its own
     ignores_range: whether a part is answered with the whole
+    signature:    what follows an address on the second host
     on_file:      called with a file's name before that file is served
     """
 
@@ -76,6 +77,7 @@ class HubStub:
         self.stalls = False
         self.claimed_size: int | None = None
         self.ignores_range = False
+        self.signature = ""
         self.on_file = lambda name: None
         self.seen: list[Seen] = []
         self.released = threading.Event()
@@ -183,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, headers | {"ETag": f'"{_git_id(content)}"'}, content)
         headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
         headers["X-Linked-Size"] = str(len(content))
-        headers["Location"] = f"http://localhost:{self.server.stub.port}/blobs/{commit}/{file}"
+        host = f"http://localhost:{self.server.stub.port}"
+        headers["Location"] = f"{host}/blobs/{commit}/{file}{self.server.stub.signature}"
         return self._send(302, headers, b"")
 
     def _send_blob(self, file: str) -> None:

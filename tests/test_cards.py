@@ -20,7 +20,7 @@ from minifuse.cards import (
 )
 from minifuse.errors import ConfigError, ModelNotFoundError
 from minifuse.hub import HubSource
-from minifuse.wheels import PypiSource
+from minifuse.wheels import PypiSource, converted_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,9 +106,16 @@ def two_cards(tmp_path, monkeypatch):
     monkeypatch.setattr(cards, "card_folder", lambda: folder)
 
 
+def cache_converted(home: Path) -> Path:
+    folder = home / "gguf" / hashlib.sha256(GGUF).hexdigest() / "float32-v1"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(5000))
+    return folder
+
+
 def cache_gguf(home: Path) -> Path:
     path = home / "gguf" / hashlib.sha256(GGUF).hexdigest() / "tiny.gguf"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(GGUF)
     return path
 
@@ -279,6 +286,49 @@ def test_table_says_what_is_cached(empty_caches, two_cards, capsys):
     ]
 
 
+def test_a_converted_wheel_is_cached_with_and_without_its_gguf(empty_caches, two_cards, capsys):
+    home, _ = empty_caches
+    folder = cache_converted(home)
+    assert folder == converted_folder(hashlib.sha256(GGUF).hexdigest(), "float32")
+    assert main(["wheeled"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"  cached, 5.0 kB: {folder}"
+    cache_gguf(home)
+    assert main(["wheeled", "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert (entry["path"], entry["bytes"]) == (str(folder), 7500)
+
+
+def test_what_is_damaged_is_said_of_its_card_alone(empty_caches, two_cards, capsys):
+    home, hub = empty_caches
+    snapshot = cache_snapshot(hub, "someone/tiny")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors.index.json").write_text("[")
+    gguf = cache_gguf(home)
+    assert main([]) == 0
+    output, errors = capsys.readouterr()
+    assert not errors
+    lines = output.splitlines()
+    assert lines[3].startswith(f"  damaged: {snapshot}/model.safetensors.index.json is no index of")
+    assert lines[-1] == f"  cached, 2.5 kB: {gguf}"
+    assert main(["--json"]) == 0
+    damaged, sound = map(json.loads, capsys.readouterr().out.splitlines())
+    assert not damaged["cached"]
+    assert damaged["path"] is damaged["bytes"] is None
+    assert f"  damaged: {damaged['problem']}" == lines[3]
+    assert sound["cached"]
+    assert sound["problem"] is None
+
+
+def test_what_cannot_be_read_is_said_of_its_card(empty_caches, two_cards, capsys, monkeypatch):
+    def fail(source):
+        raise PermissionError(13, "Permission denied", "gguf")
+
+    monkeypatch.setattr(cards, "find_gguf", fail)
+    assert main(["wheeled"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "  damaged: [Errno 13] Permission denied: 'gguf'"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [
@@ -312,6 +362,7 @@ def test_json_is_one_object_a_card(empty_caches, two_cards, capsys):
             "cached": False,
             "path": None,
             "bytes": None,
+            "problem": None,
         },
         {
             "name": "wheeled",
@@ -329,6 +380,7 @@ def test_json_is_one_object_a_card(empty_caches, two_cards, capsys):
             "cached": True,
             "path": str(gguf),
             "bytes": 2500,
+            "problem": None,
         },
     ]
 

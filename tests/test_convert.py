@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_files import VOCAB, make_larger_model, make_model, write_gguf, write_hub_folder
 
-from minifuse.checkpoint import load_params
+from minifuse.chat import TEMPLATE_FOLDER, read_chat_template
+from minifuse.checkpoint import count_parameters, load_params
 from minifuse.config import ModelConfig
 from minifuse.convert import BIN_FILE, BIN_INDEX_FILE, check, convert, open_source
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, UsageError
-from minifuse.files import read_json
+from minifuse.files import format_bytes, read_json
 from minifuse.loader import Origin, load_model
 
 ROOT = Path(__file__).parents[1]
@@ -63,13 +64,17 @@ def hub(model, tmp_path_factory):
         "LICENCE.md": "libre",
         "NOTICE.txt": "note",
         "USE_POLICY.md": "kind",
+        "additional_chat_templates/default.jinja": "{{ messages[0] }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
         "chat_template.jinja": "{{ messages }}",
+        "chat_template.json": '{"chat_template": "{{ messages[1] }}"}',
         "special_tokens_map.json": "{}",
         "tokenizer_config.json": '{"eos_token": "<|end|>"}',
         "README.md": "about another dtype",
         "model.py": "raise SystemExit",
         "onnx.bin": "other weights",
     }
+    (folder / TEMPLATE_FOLDER).mkdir()
     for name, text in extra.items():
         (folder / name).write_text(text)
     return folder
@@ -80,7 +85,10 @@ CARRIED = [
     "LICENSE",
     "NOTICE.txt",
     "USE_POLICY.md",
+    "additional_chat_templates/default.jinja",
+    "additional_chat_templates/tool_use.jinja",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -97,8 +105,8 @@ def test_folder_to_folder(tmp_path, model, hub, dtype, max_shard_bytes):
     wanted = {name: t.to(getattr(torch, found)) for name, t in model.state_dict().items()}
     torch.testing.assert_close(read_weights(target), wanted, rtol=0, atol=0)
     assert (len(list(target.glob("*.safetensors"))) == 1) == (max_shard_bytes == 10**9)
-    others = [name for name in names(target) if "model" not in name and name != "config.json"]
-    assert others == CARRIED
+    files = sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
+    assert [name for name in files if "model" not in name and name != "config.json"] == CARRIED
     for name in CARRIED:
         assert (target / name).read_bytes() == (hub / name).read_bytes()
     before, after = read_json(hub / "config.json"), read_json(target / "config.json")
@@ -112,17 +120,22 @@ def test_shards_are_merged_and_a_second_conversion_is_equal(tmp_path, hub):
     assert convert(tmp_path / "many", tmp_path / "one") == "bfloat16"
     assert "model.safetensors" in names(tmp_path / "one")
     convert(hub, tmp_path / "direct", dtype="bfloat16")
-    for name in names(tmp_path / "direct"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+    for path in (tmp_path / "direct").rglob("*"):
+        if path.is_file():
+            other = tmp_path / "one" / path.relative_to(tmp_path / "direct")
+            assert other.read_bytes() == path.read_bytes()
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path, hub):
     linked = tmp_path / "snapshot"
     linked.mkdir()
-    for file in hub.iterdir():
-        (linked / file.name).symlink_to(file)
+    (linked / TEMPLATE_FOLDER).mkdir()
+    for file in hub.rglob("*"):
+        if file.is_file():
+            (linked / file.relative_to(hub)).symlink_to(file)
     convert(linked, tmp_path / "out")
-    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+    assert read_chat_template(tmp_path / "out").text == "{{ messages[0] }}"
     assert (tmp_path / "out/LICENSE").read_text() == "free"
 
 
@@ -324,7 +337,7 @@ def test_a_file_of_a_folder_is_no_source(hub, tmp_path, name):
 def test_names_go_to_the_loader(tmp_path, hub, monkeypatch):
     asked = []
 
-    def resolve(name):
+    def resolve(name, check):
         asked.append(name)
         return Origin(hub, "tiny", "somewhere")
 
@@ -345,6 +358,33 @@ def test_existing_target_is_left_alone(tmp_path, hub, make):
     with pytest.raises(UsageError, match="exists; choose a new folder or remove it first"):
         convert(hub, tmp_path / "out")
     assert names(tmp_path) == ["out"]
+
+
+def test_target_that_another_process_made_meanwhile_is_no_success(tmp_path, hub):
+    def progress(items, total):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").touch()
+        yield from items
+
+    with pytest.raises(UsageError, match="out was made by another process meanwhile"):
+        convert(hub, tmp_path / "out", progress=progress)
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["theirs"]
+
+
+def test_check_beyond_memory_is_refused_with_both_numbers(tmp_path, hub, monkeypatch):
+    convert(hub, tmp_path / "out")
+    needed = 4 * count_parameters(ModelConfig.from_hf(read_json(hub / "config.json")))
+    monkeypatch.setattr("minifuse.convert.free_memory", lambda device: needed)
+    assert check(hub, tmp_path / "out").is_close
+    monkeypatch.setattr("minifuse.convert.free_memory", lambda device: 999)
+    monkeypatch.setattr("minifuse.convert.params_from_tensors", lambda *_: pytest.fail("too late"))
+    with pytest.raises(MinifuseError) as caught:
+        check(hub, tmp_path / "out")
+    assert str(caught.value) == (
+        f"the comparison takes {format_bytes(needed)} for the weights in float32, and 999 B of "
+        "memory are free; compare on a larger machine, or not at all"
+    )
 
 
 def test_check_of_a_quantised_file(tmp_path):

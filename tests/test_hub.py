@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor as Pool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_stub import HubStub, Repository
@@ -24,7 +26,7 @@ from minifuse.hub import HubSource, parse_hub_id
 NAME = "org/tiny"
 # In chunks of the library's own size a test file would be one chunk. Its pauses are cut short.
 CLIENT = """
-import json, os, resource, signal, sys, time
+import json, os, resource, signal, sys, time, warnings
 from minifuse import hub
 from minifuse.errors import MinifuseError
 pause = time.sleep
@@ -34,11 +36,14 @@ if "FILE_LIMIT" in os.environ:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, [int(os.environ["FILE_LIMIT"])] * 2)
 start = time.monotonic()
+heard = warnings.catch_warnings(record=True)
+said = heard.__enter__()
 try:
     hub._library().constants.DOWNLOAD_CHUNK_SIZE = 1000
     result = {"folder": str(hub.fetch_snapshot(hub.parse_hub_id(sys.argv[1])))}
 except MinifuseError as error:
     result = {"kind": type(error).__name__, "message": str(error)}
+result["warnings"] = [str(warning.message) for warning in said]
 print(json.dumps(result | {"seconds": time.monotonic() - start}))
 """
 
@@ -47,7 +52,9 @@ EXTRAS = {
     "generation_config.json": b"{}",
     "tokenizer_config.json": b'{"c": 3}',
     "special_tokens_map.json": b'{"bos_token": "<s>"}',
-    "chat_template.jinja": b"{{ messages }}",
+    "chat_template.jinja": b"{{ messages[1] }}",
+    "chat_template.json": b'{"chat_template": "{{ messages }}"}',
+    "additional_chat_templates/default.jinja": b"{{ messages }}",
 }
 UNWANTED = {
     "README.md": b"# tiny",
@@ -55,6 +62,7 @@ UNWANTED = {
     "consolidated.safetensors": b"again",
     "original/consolidated.00.pth": b"pickle",
     "onnx/model.onnx": b"graph",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
 }
 WEIGHTS = bytes(i * i % 251 for i in range(20_500))
 SINGLE = JSON | {"model.safetensors": WEIGHTS}
@@ -79,8 +87,8 @@ def environ(tmp_path, stub):
     """What a client runs with: nothing of the machine's own hub settings."""
     foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-    own = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": stub.url, "OMP_NUM_THREADS": "1"}
-    return kept | {"NO_PROXY": "*"} | own
+    own = {"HF_HOME": str(tmp_path / "hf"), "MINIFUSE_HOME": str(tmp_path / "minifuse")}
+    return kept | {"NO_PROXY": "*", "HF_ENDPOINT": stub.url, "OMP_NUM_THREADS": "1"} | own
 
 
 @pytest.fixture
@@ -104,7 +112,8 @@ def fetch(environ):
 def assert_snapshot(result: dict, files: dict[str, bytes]) -> None:
     assert "folder" in result, result
     folder = Path(result["folder"])
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in found} == files
 
 
 def assert_error(result: dict, *parts: str, kind: str = "ModelNotFoundError") -> None:
@@ -157,7 +166,8 @@ def test_what_is_asked_for(stub, fetch, tmp_path, files):
     assert Path(result["folder"]) == home / "snapshots" / commit
     assert (home / "refs/main").read_text() == commit
     assert not list(home.glob("blobs/*.part"))
-    asked = [seen.path.rpartition("/")[2] for seen in stub.seen if "/api/" not in seen.path]
+    asked = [seen.path for seen in stub.seen if "/api/" not in seen.path]
+    asked = [re.sub(rf"/({NAME}/resolve|blobs)/{commit}/", "", path) for path in asked]
     assert set(asked) == files.keys() | EXTRAS.keys()
     # Weights come last, and each file once.
     weights = [name for name in asked if name.endswith(".safetensors")]
@@ -216,9 +226,113 @@ def test_the_library_finds_what_was_fetched_and_the_other_way_round(stub, fetch,
     library(f"assert {find} == {folder!r}")
     environ["HF_HOME"] += "-other"
     library(f"[h.hf_hub_download({NAME!r}, name) for name in {[*SHARDED]}]")
-    seen = len(stub.seen)
+    sent = len(stub.files_sent())
     assert_snapshot(fetch(), SHARDED)
+    assert len(stub.files_sent()) == sent
+
+
+@pytest.fixture
+def foreign(stub, environ):
+    """A commit of which another tool cached what it needed; the branch has moved on since."""
+    commit = stub.repositories[NAME].commit(SINGLE | EXTRAS)
+    code = f"import huggingface_hub as h; [h.hf_hub_download({NAME!r}, n) for n in {[*SINGLE]}]"
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+    stub.repositories[NAME].commit(SHARDED | {"generation_config.json": b'{"other": 1}'})
+    stub.seen.clear()
+    return commit
+
+
+def test_what_another_tool_left_out_is_completed_once(stub, fetch, foreign, tmp_path):
+    result = fetch()
+    assert_snapshot(result, SINGLE | EXTRAS)
+    assert not result["warnings"]
+    assert Path(result["folder"]).name == foreign
+    listings = [seen.path for seen in stub.seen if seen.path.startswith("/api/models/")]
+    assert listings == [f"/api/models/{NAME}/revision/{foreign}"]
+    assert {*stub.files_sent()} == {*EXTRAS}
+    marker = tmp_path / f"minifuse/hub/models--org--tiny/{foreign}"
+    assert {*marker.read_text().splitlines()} == EXTRAS.keys() | JSON.keys()
+    seen = len(stub.seen)
+    assert fetch()["folder"] == result["folder"]
     assert len(stub.seen) == seen
+
+
+def test_a_snapshot_that_was_deleted_and_came_back_is_completed_again(stub, fetch, foreign):
+    folder = Path(fetch()["folder"])
+    (folder / "chat_template.jinja").unlink()
+    assert_snapshot(fetch(), SINGLE | EXTRAS)
+
+
+@pytest.mark.parametrize("fault", ["offline", "gone", "refused", "full"])
+def test_what_another_tool_left_out_is_named_where_the_hub_is_silent(
+    stub, fetch, foreign, environ, fault
+):
+    if fault == "offline":
+        environ["HF_HUB_OFFLINE"] = "1"
+        reason = "(HF_HUB_OFFLINE forbids to ask for them)"
+    elif fault == "gone":
+        stub.stop()
+        reason = f"{stub.url} cannot be reached"
+    elif fault == "refused":
+        stub.repositories[NAME].token = "hf_good"
+        reason = "or is private"
+    else:
+        environ["FILE_LIMIT"] = "1"
+        reason = "is full (File too large)"
+    result = fetch()
+    assert_snapshot(result, SINGLE)
+    (warning,) = result["warnings"]
+    assert warning.startswith(f"another tool cached hub org/tiny at {foreign} without ")
+    assert all(name in warning for name in EXTRAS)
+    assert reason in warning
+    assert "\n" not in warning
+    assert ("HF_HUB_OFFLINE=1 spares the question" in warning) == (fault != "offline")
+
+
+def test_what_a_commit_is_known_not_to_have_is_not_asked_for(stub, fetch, environ):
+    stub.repositories[NAME].commit(SINGLE)
+    code = f"""
+import huggingface_hub as h
+for name in {[*SINGLE, *EXTRAS]}:
+    try: h.hf_hub_download({NAME!r}, name)
+    except h.errors.EntryNotFoundError: pass
+"""
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+    seen = len(stub.seen)
+    result = fetch()
+    assert_snapshot(result, SINGLE)
+    assert not result["warnings"]
+    assert len(stub.seen) == seen
+
+
+def test_a_home_that_cannot_be_written_spoils_no_download(stub, fetch, tmp_path):
+    stub.repositories[NAME].commit(SINGLE | EXTRAS)
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        assert_snapshot(fetch(MINIFUSE_HOME=str(tmp_path / "file/home")), SINGLE | EXTRAS)
+
+
+def test_a_file_too_large_for_http_is_left_to_the_library(monkeypatch):
+    asked = []
+    library = hub._library()
+    monkeypatch.setattr(library.constants, "MAX_HTTP_DOWNLOAD_SIZE", 100)
+    monkeypatch.setattr(library, "hf_hub_download", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr(hub, "_fetch_blob", lambda _, file: asked.append(file.rfilename))
+    for name, size in {"small": 100, "large": 101}.items():
+        file = SimpleNamespace(rfilename=name, lfs=SimpleNamespace(size=size))
+        hub._fetch_file(HubSource(NAME, "c" * 40), file)
+    assert asked == ["small", (NAME, "small"), (NAME, "large")]
+
+
+def test_a_partial_file_goes_when_another_tool_brought_the_whole(stub, fetch, tmp_path):
+    repository = stub.repositories[NAME]
+    repository.commit(SINGLE, "v1")
+    repository.commit(SINGLE | EXTRAS, "v2")
+    fetch(f"{NAME}@v1")
+    blobs = tmp_path / "hf/hub/models--org--tiny/blobs"
+    (blobs / f"{hashlib.sha256(WEIGHTS).hexdigest()}.part").write_bytes(bytes(7000))
+    assert_snapshot(fetch(f"{NAME}@v2"), SINGLE | EXTRAS)
+    assert not list(blobs.glob("*.part"))
 
 
 def test_revisions_lie_beside_each_other(stub, fetch):
@@ -299,19 +413,23 @@ def test_content_of_another_hash_is_refused_and_not_kept(stub, fetch, tmp_path):
     assert_snapshot(fetch(), SINGLE)
 
 
-def test_an_interrupted_download_is_resumed(stub, fetch, environ):
+def test_an_interrupted_download_is_resumed(stub, fetch, environ, tmp_path):
     stub.repositories[NAME].commit(SINGLE)
-    stub.cuts["model.safetensors"] = (7000, 1)
+    stub.cuts["model.safetensors"] = (17_000, 1)
     stub.stalls = True
     command = [sys.executable, "-c", CLIENT, NAME]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: stub.blob_requests())
-    time.sleep(0.5)
+    blobs = tmp_path / "hf/hub/models--org--tiny/blobs"
+    partial = blobs / f"{hashlib.sha256(WEIGHTS).hexdigest()}.part"
+    # What the client still buffers is not on the disk.
+    wait_for(lambda: partial.exists() and partial.stat().st_size > 0)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
     assert stderr.rstrip().endswith("KeyboardInterrupt")
+    kept = partial.stat().st_size
+    assert 0 < kept <= 17_000
     assert_snapshot(fetch(), SINGLE)
-    assert [seen.range for seen in stub.blob_requests()] == [None, "bytes=7000-"]
+    assert [seen.range for seen in stub.blob_requests()] == [None, f"bytes={kept}-"]
 
 
 def wait_for(condition) -> None:
@@ -344,8 +462,8 @@ def test_too_little_room_is_seen_before_the_download(stub, fetch):
     stub.repositories[NAME].commit(SINGLE)
     stub.claimed_size = 10**16
     result = fetch()
-    assert_error(result, "org/tiny takes another 10000000.00 GB", kind="MinifuseError")
-    assert_error(result, "GB free: make room, or set HF_HOME", kind="MinifuseError")
+    assert_error(result, "org/tiny takes another 10,000,000.0 GB", kind="MinifuseError")
+    assert_error(result, "B free: make room, or set HF_HOME", kind="MinifuseError")
     assert not stub.blob_requests()
 
 
@@ -355,6 +473,19 @@ def test_a_cache_that_cannot_be_written(stub, fetch, tmp_path):
     result = fetch(HF_HOME=str(tmp_path / "file"))
     assert_error(result, f"the cache {tmp_path}/file/hub cannot be used", kind="MinifuseError")
     assert_error(result, "set HF_HOME to a folder that can be written", kind="MinifuseError")
+
+
+def test_a_file_outside_of_the_cache_does_not_blame_the_cache(fetch, tmp_path):
+    token = tmp_path / "token"
+    token.mkdir()
+    for name, parts in {
+        "SSL_CERT_FILE": ["a file that the settings name is missing; look at SSL_CERT_FILE"],
+        "HF_TOKEN_PATH": ["could not be fetched (", "Is a directory"],
+    }.items():
+        path = token if name == "HF_TOKEN_PATH" else tmp_path / "nowhere.pem"
+        result = fetch(**{name: str(path), "HF_ENDPOINT": "https://127.0.0.1:9"})
+        assert_error(result, "hub org/tiny at main", *parts, kind="MinifuseError")
+        assert "cannot be used" not in result["message"]
 
 
 def test_where_the_cache_lies(stub, fetch, tmp_path):
@@ -427,6 +558,62 @@ def test_refusals(stub, fetch, start, status, headers, kind, parts):
     stub.repositories[NAME].commit(SINGLE)
     stub.refusals[start] = (status, headers)
     assert_error(fetch(), *parts, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "kind", "part"),
+    [
+        (403, {}, "MinifuseError", "answers 403: the address that the hub gave has expired, or"),
+        (401, {}, "MinifuseError", "answers 401 for hub org/tiny at main ("),
+        (404, {}, "MinifuseError", "answers 404 for hub org/tiny at main ("),
+        (429, {}, "MinifuseError", "answers 429: too many"),
+        (503, {}, "MinifuseError", "answers 503, an error of its own"),
+        (418, {}, "MinifuseError", "answers 418 for hub org/tiny at main ("),
+        (403, {"X-Error-Code": "GatedRepo"}, "ModelNotFoundError", "is gated: ask for access"),
+    ],
+)
+def test_refusals_of_the_host_that_keeps_the_content(stub, fetch, status, headers, kind, part):
+    stub.repositories[NAME].commit(SINGLE)
+    stub.signature = "?Signature=secret&Key-Pair-Id=secret"
+    stub.refusals["/blobs/"] = (status, headers)
+    result = fetch(HF_TOKEN="hf_good")
+    assert_error(result, part, kind=kind)
+    assert "secret" not in result["message"]
+    if kind == "MinifuseError":
+        assert "localhost" in result["message"]
+        for words in (stub.url, "this account", "is private", "HF_TOKEN"):
+            assert words not in result["message"]
+    stub.refusals.clear()
+    assert_snapshot(fetch(), SINGLE)
+
+
+def test_a_password_in_the_endpoint_is_not_printed(stub, fetch):
+    endpoint = stub.url.replace("//", "//jane:12@3456@")
+    stub.repositories[NAME].commit(SINGLE)
+    stub.refusals["/api/"] = (418, {})
+    assert_error(fetch(HF_ENDPOINT=endpoint), f"{stub.url} answers 418", kind="MinifuseError")
+    stub.refusals["/api/"] = (404, {})
+    results = [fetch(HF_ENDPOINT=endpoint)]
+    assert_error(results[0], f"does not exist on {stub.url} or is private")
+    stub.stop()
+    results.append(fetch(HF_ENDPOINT=endpoint))
+    assert_error(results[1], f"{stub.url} cannot be reached (")
+    for result in results:
+        assert "jane" not in result["message"]
+        assert "3456@" not in result["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("at 'https://u:p@h.co/a/b?X=1&S=2' (x?)", "at 'https://h.co/a/b' (x?)"),
+        ("https://h.co?t=1 and http://u@h.co/@me", "https://h.co and http://h.co/@me"),
+        ("no address: a@b/c?d", "no address: a@b/c?d"),
+    ],
+)
+def test_secrets_in_addresses(text, wanted):
+    assert hub._told(ValueError(text)) == wanted
+    assert hub._told(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize(
@@ -525,6 +712,14 @@ def test_an_endpoint_that_is_no_hub(stub, fetch):
     assert_error(fetch(), f"{stub.url} cannot be reached (", "correct HF_ENDPOINT")
 
 
+def test_releases_of_the_library_that_nobody_has_seen_are_not_installed():
+    """Because more of it is called than what it documents."""
+    raw = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    (wanted,) = [name for name in raw["project"]["dependencies"] if name.startswith("hugging")]
+    limit = int(wanted.partition("<")[2])
+    assert int(hub._library().__version__.partition(".")[0]) == limit - 1
+
+
 def test_patience_ends_whatever_the_call_waits_for():
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
@@ -558,10 +753,12 @@ def test_a_model_is_loaded_by_its_hub_id(stub, environ, tmp_path):
 
 
 REFUSED = """
+import sys
+from minifuse.convert import convert
 from minifuse.errors import MinifuseError
 from minifuse.loader import load_model
 try:
-    load_model("org/tiny")
+    load_model("org/tiny") if len(sys.argv) == 1 else convert("org/tiny", sys.argv[1])
 except MinifuseError as error:
     print(error)
 """
@@ -575,9 +772,19 @@ except MinifuseError as error:
     ],
 )
 def test_what_cannot_run_is_refused_before_its_weights_come(stub, environ, changes, message):
+    assert_refused_early(stub, environ, changes, message)
+
+
+def test_what_cannot_be_converted_is_refused_before_its_weights_come(stub, environ, tmp_path):
+    target = tmp_path / "out"
+    assert_refused_early(stub, environ, {"model_type": "mixtral"}, "'mixtral', a mix", str(target))
+    assert not target.exists()
+
+
+def assert_refused_early(stub, environ, changes, message, *arguments):
     config = make_model("llama").config.to_dict() | {"dtype": "float32"} | changes
     stub.repositories[NAME].commit(SINGLE | {"config.json": json.dumps(config).encode()})
-    command = [sys.executable, "-c", REFUSED]
+    command = [sys.executable, "-c", REFUSED, *arguments]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert re.search(message, done.stdout)
     assert not [seen for seen in stub.seen if seen.path.endswith("model.safetensors")]

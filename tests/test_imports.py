@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports those above it alone: the design's list, as far as it is built. The decoder
 # comes after layout and methods, and imports neither all the same.
 ORDER = """
-    errors command files config hub wheels cards
+    errors command files config wheels hub cards
     layout methods
     rope cache model masks
     tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert

@@ -29,7 +29,14 @@ from minifuse.errors import (
 from minifuse.files import read_json, write_json
 from minifuse.gguf import read_gguf
 from minifuse.loader import load_model, read_eos_ids, resolve_card, resolve_device, resolve_model
-from minifuse.wheels import PypiSource, cache_dir, fetch_gguf, file_sha256, find_gguf
+from minifuse.wheels import (
+    PypiSource,
+    cache_dir,
+    converted_folder,
+    fetch_gguf,
+    file_sha256,
+    find_gguf,
+)
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
 
@@ -248,6 +255,7 @@ def test_gguf_is_converted_once(home, tmp_path):
     assert first.source == f"file {path}; sha256 {sha256}"
     assert first.dtype == torch.bfloat16
     (converted,) = home.glob(f"gguf/{sha256}/*")
+    assert converted == converted_folder(sha256, "auto")
     before = (converted / "config.json").stat()
     second = load_model(path)
     torch.testing.assert_close(first.params, second.params, rtol=0, atol=0)
@@ -412,6 +420,7 @@ def cache_snapshot(hub_cache, name: str, commit: str, revision: str = "main") ->
     return snapshot
 
 
+@pytest.mark.filterwarnings("ignore:another tool cached")
 @pytest.mark.parametrize("revision", ["main", "v2"])
 def test_hub_id(home, hub_cache, revision):
     snapshot = cache_snapshot(hub_cache, "someone/some-model", "c0" * 20, revision)
@@ -435,6 +444,7 @@ def test_a_folder_comes_before_a_hub_id(hub_cache, tmp_path, monkeypatch):
     assert resolve_model("someone/some-model").source.startswith("folder someone/some-model;")
 
 
+@pytest.mark.filterwarnings("ignore:another tool cached")
 def test_hub_card_takes_the_snapshot_and_adds_its_stop_tokens(hub_cache):
     commit = "0c" * 20
     snapshot = cache_snapshot(hub_cache, "HuggingFaceTB/SmolLM2-135M-Instruct", commit)

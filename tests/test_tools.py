@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,10 +120,11 @@ def test_auto_is_the_dtype_that_is_stored(tmp_path, quant, dtype):
 )
 def test_check_exits_1_where_weights_differ(tmp_path, source, capsys, monkeypatch, name):
     def spoil(*args, **kwargs):
-        save_folder(*args, **kwargs)
+        is_ours = save_folder(*args, **kwargs)
         tensors = load_file(target / "model.safetensors")
         tensors[name] = tensors[name].flip(0).contiguous()
         save_file(tensors, target / "model.safetensors")
+        return is_ours
 
     target = tmp_path / "out"
     monkeypatch.setattr("minifuse.convert.save_folder", spoil)
@@ -216,9 +218,9 @@ def test_full_disk_is_one_line(tmp_path, source, capsys, monkeypatch):
     assert main([str(source), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        f"error: {tmp_path}/out cannot be written: No space left on device; its weights take 0.2 MB"
+        f"error: {tmp_path}/out cannot be written: No space left on device; its weights take 2"
     )
-    assert error.endswith(" MB are free")
+    assert error.endswith("B are free")
     assert names(tmp_path) == ["tiny.gguf"]
 
 
@@ -293,6 +295,26 @@ def test_sizes_that_are_none(text):
 
 def test_default_shard_size_is_parsed():
     assert build_parser().parse_args(["a", "b"]).max_shard_size == 5 * 10**9
+
+
+@pytest.mark.parametrize("is_wheel", [True, False])
+def test_help_names_the_command_by_where_the_tool_lies(tmp_path, is_wheel):
+    package = shutil.copytree(ROOT / "minifuse", tmp_path / "minifuse")
+    shutil.copytree(ROOT / "tools", (package if is_wheel else tmp_path) / "tools")
+    module = "minifuse.tools.convert_weights" if is_wheel else "tools.convert_weights"
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith(f"usage: python -m {module} ")
+    code = "from minifuse import hub; print(hub._weights_hint({'pytorch_model.bin': None}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert f"run python -m {module} FOLDER TARGET" in result.stdout
 
 
 def test_help_loads_no_torch():

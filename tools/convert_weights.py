@@ -14,6 +14,7 @@ from pathlib import Path
 
 from minifuse.command import Parser, run_command
 from minifuse.config import DTYPE_NAMES
+from minifuse.files import tool_command
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -21,7 +22,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = Parser(
-        prog="python -m tools.convert_weights",
+        prog=tool_command("convert_weights"),
         description="Convert a model into a new folder in hub layout: config.json, safetensors, "
         "and the files of its tokenizer.",
     )
