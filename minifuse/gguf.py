@@ -4,7 +4,7 @@ Whatever changes the result is either carried over exactly or refused by name.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.files import list_names, write_json
 from minifuse.gguf_tokenizer import read_tokenizer
 from minifuse.rope import make_inv_freq
-from minifuse.saving import save_folder
 
 # GGUF architecture -> the class that transformers names in config.json.
 ARCHITECTURES = {
@@ -178,28 +177,6 @@ def read_gguf(path: Path | str) -> GgufCheckpoint:
     config = _read_config(path, reader, metadata)
     tokenizer_files = read_tokenizer(path, metadata, config)
     return GgufCheckpoint(path, config, tokenizer_files, _own_dtype(reader), reader)
-
-
-def convert_gguf(
-    source: Path | str,
-    target: Path | str,
-    *,
-    dtype: str = "auto",
-    progress: Callable[[Iterable, int], Iterable] | None = None,
-) -> None:
-    """Write a GGUF as a folder in hub layout, all or nothing; one that is there meanwhile stays.
-
-    dtype:    name of the dtype to write; "auto" is the GGUF's own
-    progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
-    raises:   CheckpointError, ConfigError; MinifuseError where the folder cannot be written
-    """
-    checkpoint = read_gguf(source)
-    save_folder(
-        target,
-        checkpoint,
-        dtype=checkpoint.own_dtype if dtype == "auto" else dtype,
-        progress=progress,
-    )
 
 
 def _open(path: Path) -> GGUFReader:

@@ -20,10 +20,12 @@ from tokenizers import pre_tokenizers
 
 from minifuse.checkpoint import expected_tensors, params_from_tensors
 from minifuse.config import Llama3Scaling, ModelConfig
+from minifuse.convert import convert
 from minifuse.errors import CheckpointError, ConfigError, MinifuseError
-from minifuse.gguf import convert_gguf, read_gguf, read_rope_scaling
+from minifuse.gguf import read_gguf, read_rope_scaling
 from minifuse.gguf_tokenizer import PRE_TOKENIZERS
 from minifuse.rope import make_inv_freq
+from minifuse.saving import save_folder
 from minifuse.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -413,7 +415,7 @@ def test_missing_tensors_are_named_together_and_nothing_is_left(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"missing: model.layers.1.mlp.up_proj.weight, model."
     ):
-        convert_gguf(path, tmp_path / "out")
+        convert(path, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -424,7 +426,7 @@ def test_misshapen_tensors_are_named_together(tmp_path):
 
     path = write_gguf(tmp_path / "m.gguf", make_model("llama"), change=change)
     with pytest.raises(CheckpointError) as caught:
-        convert_gguf(path, tmp_path / "out")
+        convert(path, tmp_path / "out")
     assert "model.layers.0.self_attn.q_proj.weight is [19, 64], wanted [64, 64]" in str(
         caught.value
     )
@@ -644,9 +646,9 @@ def test_tokenizer_config_and_generation_config(tmp_path):
 
 def test_conversion_leaves_the_folder_of_a_quicker_process(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", make_model("llama"))
-    convert_gguf(path, tmp_path / "out")
+    assert save_folder(tmp_path / "out", read_gguf(path), dtype="float32")
     before = (tmp_path / "out/config.json").stat()
-    convert_gguf(path, tmp_path / "out")
+    assert not save_folder(tmp_path / "out", read_gguf(path), dtype="float32")
     assert (tmp_path / "out/config.json").stat().st_ino == before.st_ino
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.gguf", "out"]
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_files import SPACE, make_model, make_sentencepiece, write_gguf
 
+from minifuse.convert import convert
 from minifuse.errors import CheckpointError, ConfigError, MinifuseError
-from minifuse.gguf import convert_gguf, read_gguf
+from minifuse.gguf import read_gguf
 from minifuse.loader import load_model
 from minifuse.tokenizer import Tokenizer
 
@@ -226,7 +227,7 @@ def test_ids_are_those_of_sentencepiece_itself(tmp_path):
 def test_converted_folder_opens_in_transformers(gguf_path, ours, tmp_path):
     from transformers import AutoTokenizer
 
-    convert_gguf(gguf_path, tmp_path / "out")
+    convert(gguf_path, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     loaded = Tokenizer.from_folder(tmp_path / "out")
     for text in [*TEXTS, *random_texts(100)]:

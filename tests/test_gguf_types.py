@@ -9,9 +9,10 @@ from tiny_files import VOCAB, make_model, random_blocks, write_gguf
 
 from minifuse.checkpoint import load_params, params_from_tensors
 from minifuse.config import ModelConfig
+from minifuse.convert import convert
 from minifuse.errors import CheckpointError
 from minifuse.files import read_json
-from minifuse.gguf import convert_gguf, read_gguf
+from minifuse.gguf import read_gguf
 from minifuse.model import forward_plain
 
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -173,7 +174,7 @@ def test_decoding_in_blocks_of_rows_changes_nothing(tmp_path, monkeypatch):
 
 def test_mixed_types_convert(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", make_wide(), q4_k_m)
-    convert_gguf(path, tmp_path / "out", dtype="float32")
+    convert(path, tmp_path / "out", dtype="float32")
     config = ModelConfig.from_hf(read_json(tmp_path / "out/config.json"))
     params = params_from_tensors(read_gguf(path).tensors(), config, torch.float32)
     torch.testing.assert_close(load_params(tmp_path / "out", config), params, rtol=0, atol=0)
