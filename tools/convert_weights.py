@@ -61,7 +61,7 @@ def parse_size(text: str) -> int:
 
     raises: argparse.ArgumentTypeError
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted 5GB, 500MB or the like")
