@@ -22,9 +22,9 @@ from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Size, Token, round_up
-from minifuse.layout import Encoding, Part, Span
+from minifuse.layout import Encoding, PackedPrompt, Part, Span, View
 from minifuse.loader import LoadedModel, free_memory, load_model
-from minifuse.methods import SPECS, Answer, FusionMethod, Weighting, parse_methods, single_view
+from minifuse.methods import SPECS, FusionMethod, Weighting, parse_methods, single_view
 from minifuse.request import (
     AnswerState,
     Frame,
@@ -46,6 +46,8 @@ STORED_PREFIXES = 4
 LOGIT_ROWS = 64
 
 Results = dict[str, Generation | list[Generation]]
+# A number per continuation; for `per_prompt` such a list for each segment.
+Scores = dict[str, list[float] | list[list[float]]]
 
 
 def load(
@@ -136,12 +138,47 @@ class Fuser:
         A prefix that requests share is computed once. All input is checked before the first
         request runs. Options and errors as in `generate`.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size!r}; wanted an integer of at least 1")
         plan = make_plan(**options)
         jobs = [self._make_job(request, plan) for request in requests]
+        return self._run_batches(jobs, batch_size)
+
+    def generate_and_score(
+        self,
+        requests: Sequence[Request],
+        continuations: Sequence[Sequence[str]],
+        *,
+        batch_size: int = 8,
+        **options: Unpack[Options],
+    ) -> list[tuple[Results, Scores]]:
+        """What `generate_batch` gives, and `score` besides, from the same prefill.
+
+        continuations: texts to score for each request, at least one
+        batch_size:    rows of every batch; what requests leave empty is padding, so that one set
+                       of graphs serves all batches
+        returns:       a pair for each request; `vote` has no scores
+        """
+        if len(requests) != len(continuations):
+            raise UsageError(
+                f"there are {len(requests)} requests but {len(continuations)} lists of "
+                "continuations; wanted one for each request"
+            )
+        plan = make_plan(**options)
+        jobs = [
+            self._make_job(request, plan, encode_continuations(self.model.tokenizer, texts))
+            for request, texts in zip(requests, continuations, strict=True)
+        ]
+        results = self._run_batches(jobs, batch_size, is_padded=True)
+        return [(result, _scores_of(job)) for result, job in zip(results, jobs, strict=True)]
+
+    def _run_batches(
+        self, jobs: Sequence[Job], batch_size: int, *, is_padded: bool = False
+    ) -> list[Results]:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}; wanted an integer of at least 1")
         groups = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        sizes = [self._size_of(group) for group in groups]
+        sizes = [
+            self._size_of(group, rows=batch_size if is_padded else len(group)) for group in groups
+        ]
         return [
             result
             for group, size in zip(groups, sizes, strict=True)
@@ -157,7 +194,7 @@ class Fuser:
         suffix: str = "",
         weights: Sequence[float] | str | None = None,
         **options: Unpack[FusionOptions],
-    ) -> dict[str, list[float] | list[list[float]]]:
+    ) -> Scores:
         """Log-probability in nats of each continuation under each method, teacher-forced.
 
         The sum over the continuation's tokens, without an end token; "all" leaves out `vote`,
@@ -172,18 +209,26 @@ class Fuser:
             raise UsageError("vote has no probabilities to score by; leave it out of methods")
         parsed = [m for m in parse_methods(names) if m is not FusionMethod.VOTE]
         targets = encode_continuations(self.model.tokenizer, continuations)
-        plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=max(map(len, targets)))
-        request = Request(segments, prefix, suffix, weights)
-        return self._score(self._make_job(request, plan), targets)
+        plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=1)
+        job = self._make_job(Request(segments, prefix, suffix, weights), plan, targets)
+        size = self._size_of([job])
+        with self._session([job], size) as session, torch.inference_mode():
+            self._prefill(session, [job])
+            self._score(session, [job])
+        return _scores_of(job)
 
     # Size
 
-    def _make_job(self, request: Request, plan: Plan) -> Job:
+    def _make_job(
+        self, request: Request, plan: Plan, targets: Sequence[tuple[int, ...]] = ()
+    ) -> Job:
         """Check, encode and measure a request.
 
-        raises: UsageError for what cannot be run, or needs more positions than the model has.
+        targets: token ids of continuations to score
+        raises:  UsageError for what cannot be run, or needs more positions than the model has.
         """
         job = make_job(self.model.tokenizer, request, plan, self._frame(plan.chat))
+        job.targets = tuple(targets)
         job.measure(self.model.config.context_length)
         return job
 
@@ -202,15 +247,15 @@ class Fuser:
             self._frames[key] = make_frame(self.model.tokenizer, rendered)
         return self._frames[key]
 
-    def _size_of(self, jobs: Sequence[Job]) -> Size:
-        """What the jobs take together.
+    def _size_of(self, jobs: Sequence[Job], rows: int = 1) -> Size:
+        """What the jobs take together, in at least so many rows.
 
         raises: UsageError beyond the tables, MinifuseError beyond memory.
         """
         return self._make_size(
-            rows=len(jobs),
-            slots=max((job.extent.slots for job in jobs), default=1),
-            labels=max((job.extent.labels for job in jobs), default=1),
+            rows=max(rows, len(jobs)),
+            slots=max((job.extent.slots + _scoring_slots(job) for job in jobs), default=1),
+            labels=max((job.extent.labels + _scoring_labels(job) for job in jobs), default=1),
         )
 
     def _rope_length(self, job: Job) -> int | None:
@@ -385,6 +430,7 @@ class Fuser:
             clock = _Clock(executor)
             with torch.inference_mode():
                 self._prefill(session, jobs)
+                self._score(session, jobs)
                 for job in jobs:
                     self._start_answers(job)
                 session.set_tables([job.packed.sees for job in jobs])
@@ -490,54 +536,46 @@ class Fuser:
 
     # Scoring
 
-    @torch.inference_mode()
-    def _score(
-        self, job: Job, targets: Sequence[tuple[int, ...]]
-    ) -> dict[str, list[float] | list[list[float]]]:
-        """Every target behind every view as a stream of its own, as many at once as have labels."""
-        views, base = job.extent.views, job.extent.labels
-        spare = next((n for n in LABEL_COUNTS if n >= base + views), LABEL_COUNTS[-1]) - base
-        group_size = min(len(targets), max(1, spare // views))
-        groups = [targets[i : i + group_size] for i in range(0, len(targets), group_size)]
-        size = self._make_size(
-            rows=1,
-            slots=job.extent.slots + views * max(sum(map(len, group)) for group in groups),
-            labels=base + views * group_size,
-        )
-        scores: dict[Answer, list[float]] = {}
-        with self._session([job], size) as session:
-            self._prefill(session, [job])
-            for group in groups:
-                for answer, values in self._score_group(session, job, group).items():
-                    scores.setdefault(answer, []).extend(values)
-        return {
-            str(method): [scores[answer] for answer in answers]
-            if method is FusionMethod.PER_PROMPT
-            else scores[answers[0]]
-            for method, answers in job.consumers.items()
-        }
+    def _score(self, session: Session, jobs: Sequence[Job]) -> None:
+        """Fill `scores`: every target behind every view is a stream of its own.
 
-    def _score_group(
-        self, session: Session, job: Job, targets: Sequence[tuple[int, ...]]
-    ) -> dict[Answer, list[float]]:
-        # Each group starts from the same layout: slots and labels of the last one are free again.
-        packed = replace(job.packed, sees=dict(job.packed.sees))
-        session.forget_keys(packed.num_slots)
-        views = list(dict.fromkeys(job.view(r) for a in job.answers for r in a.views))
-        tokens = []
-        for target in targets:
-            for view in views:
-                stream = packed.stream(view)
-                forced = target[:-1]
-                slots = packed.take_slots(len(forced))
-                for offset, (token_id, slot) in enumerate(zip(forced, slots, strict=True)):
-                    position = stream.first_position + offset
-                    tokens.append(Token(token_id, position, slot, stream.label))
-        hidden = None
-        if tokens:
-            session.set_tables([packed.sees])
-            hidden = self.executor.prefill(session, [tokens])[0]
-        scores: dict[Answer, list[float]] = {answer: [] for answer in job.answers}
+        As many targets at once as the tables have labels for; afterwards slots and labels are as
+        they were before.
+        """
+        for job in jobs:
+            job.scores = {answer: [] for answer in job.answers}
+        counts = [_targets_at_once(job) for job in jobs]
+        passes = max(-(-len(job.targets) // count) for job, count in zip(jobs, counts, strict=True))
+        for i in range(passes):
+            groups = [
+                job.targets[i * count : (i + 1) * count]
+                for job, count in zip(jobs, counts, strict=True)
+            ]
+            self._score_groups(session, jobs, groups)
+            for row, job in enumerate(jobs):
+                session.forget_keys(row, job.packed.num_slots)
+
+    def _score_groups(
+        self, session: Session, jobs: Sequence[Job], groups: Sequence[Sequence[tuple[int, ...]]]
+    ) -> None:
+        # Copies: the next group, and the answers, start from the same layouts.
+        layouts = [replace(job.packed, sees=dict(job.packed.sees)) for job in jobs]
+        rows = [
+            _place_targets(packed, _answer_views(job), targets)
+            for packed, job, targets in zip(layouts, jobs, groups, strict=True)
+        ]
+        hidden = [None] * len(jobs)
+        if any(rows):
+            session.set_tables([packed.sees for packed in layouts])
+            hidden = self.executor.prefill(session, rows)
+        for job, targets, states in zip(jobs, groups, hidden, strict=False):
+            self._read_scores(job, targets, states)
+
+    def _read_scores(
+        self, job: Job, targets: Sequence[tuple[int, ...]], hidden: Tensor | None
+    ) -> None:
+        """Score targets by hidden states float[n, C], in the order of `_place_targets`."""
+        views = _answer_views(job)
         first_logits = torch.stack([job.view_logits[view.suffix] for view in views])
         start = 0
         for target in targets:
@@ -552,8 +590,57 @@ class Fuser:
             for answer in job.answers:
                 own = logits[[views.index(job.view(r)) for r in answer.views]]
                 logprobs = reduce_logits(own, answer.reduction, answer.weights)
-                scores[answer].append(float(logprobs.gather(1, index).sum()))
-        return scores
+                job.scores[answer].append(float(logprobs.gather(1, index).sum()))
+
+
+def _answer_views(job: Job) -> list[View]:
+    """What answers start from, each view once."""
+    return list(dict.fromkeys(job.view(r) for a in job.answers for r in a.views))
+
+
+def _place_targets(
+    packed: PackedPrompt, views: Sequence[View], targets: Sequence[tuple[int, ...]]
+) -> list[Token]:
+    """Every target behind every view, but for its last token, which predicts nothing."""
+    tokens = []
+    for target in targets:
+        for view in views:
+            stream = packed.stream(view)
+            forced = target[:-1]
+            slots = packed.take_slots(len(forced))
+            for offset, (token_id, slot) in enumerate(zip(forced, slots, strict=True)):
+                position = stream.first_position + offset
+                tokens.append(Token(token_id, position, slot, stream.label))
+    return tokens
+
+
+def _targets_at_once(job: Job) -> int:
+    """How many targets are scored in one pass: what labels are left for, without larger tables."""
+    base, views = job.extent.labels, job.extent.views
+    spare = next((n for n in LABEL_COUNTS if n >= base + views), LABEL_COUNTS[-1]) - base
+    return max(1, spare // views)
+
+
+def _scoring_labels(job: Job) -> int:
+    return job.extent.views * min(len(job.targets), _targets_at_once(job)) if job.targets else 0
+
+
+def _scoring_slots(job: Job) -> int:
+    """Slots beyond the prompt's that scoring takes; the answers take them again afterwards."""
+    if not job.targets:
+        return 0
+    longest = sorted(map(len, job.targets))[-_targets_at_once(job) :]
+    return job.extent.views * sum(longest)
+
+
+def _scores_of(job: Job) -> Scores:
+    return {
+        str(method): [job.scores[answer] for answer in answers]
+        if method is FusionMethod.PER_PROMPT
+        else job.scores[answers[0]]
+        for method, answers in job.consumers.items()
+        if method is not FusionMethod.VOTE
+    }
 
 
 class _Clock:

@@ -101,9 +101,9 @@ class Session:
         positions = torch.arange(first_position, first_position + len(slots))
         self.context.key_positions[row, where] = positions.to(self.context.key_positions)
 
-    def forget_keys(self, first_slot: int) -> None:
-        """Hide all keys from a slot on."""
-        self.context.key_labels[:, first_slot:] = 0
+    def forget_keys(self, row: int, first_slot: int) -> None:
+        """Hide all keys of a row from a slot on."""
+        self.context.key_labels[row, first_slot:] = 0
 
 
 def prefill_step(

@@ -209,6 +209,7 @@ class Job:
     """One request while it is answered.
 
     given_weights: normalised; None leaves them to `signal`
+    targets:       token ids of continuations to score, each answer's in `scores`
     extent:        set by `measure`
     consumers:     for every method the answers that it reads
     """
@@ -219,10 +220,12 @@ class Job:
     signal: str
     packed: PackedPrompt
     weights: SegmentWeights
+    targets: tuple[tuple[int, ...], ...] = ()
     extent: Extent = Extent(1, 1, 0, 0)
     view_logits: dict[Span, Tensor] = field(default_factory=dict)
     consumers: dict[FusionMethod, tuple[Answer, ...]] = field(default_factory=dict)
     states: dict[Answer, AnswerState] = field(default_factory=dict)
+    scores: dict[Answer, list[float]] = field(default_factory=dict)
 
     @property
     def num_segments(self) -> int:
@@ -323,7 +326,7 @@ class Job:
         ranks = (1.0 + lengths.argsort(stable=True).argsort()).log()
         dry.set_weights(math.copysign(1.0, self.plan.fusion.beta) * ranks)
         dry.place_views()
-        new_tokens = self.plan.generation.max_new_tokens
+        new_tokens = max(self.plan.generation.max_new_tokens, *map(len, self.targets), 1)
         views = {dry.view(request).suffix for a in dry.answers for request in a.views}
         positions = 0
         for answer in dry.answers:

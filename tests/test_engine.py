@@ -1002,6 +1002,41 @@ def test_score_of_more_continuations_than_a_table_has_labels(fuser, truth):
     torch.testing.assert_close(picked["fused"], alone, atol=4 * TOLERANCE, rtol=0)
 
 
+def test_generate_and_score_is_both(family_fuser):
+    """From one prefill, in a batch of rows with different numbers of continuations."""
+    requests = [
+        Request(**REQUEST),
+        Request(segments=["a key?", "the value of a key?"], suffix="A:", prefix="def f:\n"),
+        Request(segments=["Q: Z"], suffix=" ="),
+    ]
+    texts = [[" val", "éé", "re"], ["éé"], [" Z", "éé"]]
+    # As long as an answer may get, so that dynamic frequencies are the same in all calls.
+    encode = family_fuser.model.tokenizer.encode
+    lengths = [max(len(encode(t, is_start=False)) for t in group) for group in texts]
+    options = {"methods": "all", "max_new_tokens": lengths[0]}
+    assert len(set(lengths)) == 1 < lengths[0]
+    both = family_fuser.generate_and_score(requests, texts, batch_size=2, **options)
+    scored = [method for method in EVERY_METHOD if method != "vote"]
+    for request, continuations, (results, scores) in zip(requests, texts, both, strict=True):
+        own = {"segments": request.segments, "prefix": request.prefix, "suffix": request.suffix}
+        assert_same(results, family_fuser.generate(**own, **options))
+        alone = family_fuser.score(**own, continuations=continuations, methods=scored)
+        assert set(scores) == set(alone) == set(scored)
+        for method, values in scores.items():
+            torch.testing.assert_close(
+                torch.tensor(values), torch.tensor(alone[method]), atol=TOLERANCE, rtol=0
+            )
+
+
+def test_generate_and_score_checks_its_input(fuser):
+    request = Request(segments=["a"])
+    with pytest.raises(UsageError, match="1 requests but 0 lists of continuations"):
+        fuser.generate_and_score([request], [])
+    with pytest.raises(UsageError, match="wanted a list of at least one string"):
+        fuser.generate_and_score([request], [[]])
+    assert fuser.generate_and_score([], []) == []
+
+
 def test_score_agrees_with_generate(fuser):
     """A generated token, encoded again to the same id, scores its own log-probability."""
     results = fuser.generate(**REQUEST, methods="all", max_new_tokens=1)

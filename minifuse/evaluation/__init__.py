@@ -1,0 +1,1 @@
+"""Evaluation: data sets, prompts, runs, scores, statistics, report."""

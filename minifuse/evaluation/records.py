@@ -1,0 +1,196 @@
+"""A run's folder: its configuration, and one JSON line for every answer, written item by item.
+
+config.json        what the results depend on; a run is continued only under the same
+environment.json   where it was made
+records.jsonl      one line per answer; the lines of one item and one N are written at once
+"""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minifuse.errors import MinifuseError, UsageError
+from minifuse.files import read_json, write_json
+
+FORMAT = 1
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+RECORDS_FILE = "records.jsonl"
+
+# What may differ between the call that began a run and one that goes on with it.
+_FREE_FIELDS = frozenset(["command", "batch_size"])
+
+
+class RunFolder:
+    """An open run folder; used as a context.
+
+    done: (id, n) of the items whose lines are there
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, resume: bool):
+        """Begin a run, or take one up; a torn end is cut off.
+
+        raises: UsageError where the folder holds a run and `resume` is False, or another run;
+                MinifuseError where it cannot be read or written
+        """
+        self.path = path
+        self.done: set[tuple[str, int]] = set()
+        config = json.loads(json.dumps(config | {"format": FORMAT}))  # as it will be read
+        with self._as_error():
+            if (path / CONFIG_FILE).exists():
+                if not resume:
+                    raise UsageError(
+                        f"{path} holds a run already; go on with it by --resume, or choose another "
+                        "--output"
+                    )
+                _check_same(path, read_json(path / CONFIG_FILE), config)
+            else:
+                self._begin(config)
+            self._file = (path / RECORDS_FILE).open("a+b", buffering=0)
+            try:
+                self._take_up()
+            except BaseException:
+                self._file.close()
+                raise
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write the lines of one item and one N: all of them, or none.
+
+        raises: MinifuseError where the disk is full, say
+        """
+        records = list(records)
+        content = b"".join(_dump(record) for record in records)
+        with self._as_error():
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = 0
+                while written < len(content):
+                    written += self._file.write(content[written:])
+                os.fsync(self._file.fileno())
+            except BaseException:  # an interrupt, too, must leave whole items
+                self._file.truncate(end)
+                raise
+        self.done.add((records[0]["id"], records[0]["n"]))
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(f"{self.path} is there and holds no run; choose another --output")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / ENVIRONMENT_FILE, describe_environment())
+        # Last, and by renaming: a folder with a config is a run.
+        temporary = self.path / f".{CONFIG_FILE}.{os.getpid()}"
+        write_json(temporary, config)
+        temporary.replace(self.path / CONFIG_FILE)
+
+    def _take_up(self) -> None:
+        """Find the items that are whole; what a killed process left of the next one is cut off."""
+        self._file.seek(0)
+        position = whole = 0
+        group: tuple[str, int] | None = None
+        left = 0
+        for number, line in enumerate(self._file.read().splitlines(keepends=True), 1):
+            position += len(line)
+            record = _parse(line)
+            if record is None:
+                if line.endswith(b"\n"):
+                    raise MinifuseError(
+                        f"{self.path / RECORDS_FILE}, line {number} is no record; the file was "
+                        "changed by something else"
+                    )
+                break
+            key = (record["id"], record["n"])
+            if key != group:
+                group, left = key, record["lines"]
+            left -= 1
+            if left == 0:
+                whole = position
+                self.done.add(key)
+        self._file.truncate(whole)
+
+    @contextlib.contextmanager
+    def _as_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MinifuseError(f"{self.path} cannot be used: {error.strerror or error}") from error
+
+
+def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and environment of a run.
+
+    raises: CheckpointError where the folder is no run; UsageError where another version wrote it
+    """
+    config = read_json(path / CONFIG_FILE)
+    _check_format(path, config)
+    return config, read_json(path / ENVIRONMENT_FILE)
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine and the packages that a run is made with."""
+    import torch
+
+    import minifuse
+
+    return {
+        "minifuse": minifuse.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _check_format(path: Path, config: dict[str, Any]) -> None:
+    if config.get("format") != FORMAT:
+        raise UsageError(
+            f"{path} was written by another version of minifuse (format "
+            f"{config.get('format')!r}, this one has {FORMAT}); choose another folder"
+        )
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    _check_format(path, before)
+    for name in sorted((before.keys() | now.keys()) - _FREE_FIELDS):
+        if before.get(name) != now.get(name):
+            raise UsageError(
+                f"{path} was made with {name} {_short(before.get(name))}, and this call has "
+                f"{_short(now.get(name))}; choose another --output, or the same options"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _dump(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and {"id", "n", "lines"} <= record.keys()
+    return record if is_record and line.endswith(b"\n") else None

@@ -1,0 +1,145 @@
+"""A run's folder: whole items or none, and only under the configuration that it was begun with."""
+
+import json
+
+import pytest
+
+from minifuse.errors import CheckpointError, MinifuseError, UsageError
+from minifuse.evaluation.records import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    RECORDS_FILE,
+    RunFolder,
+    read_run,
+)
+
+CONFIG = {"model": "tiny", "methods": ["fused", "origin"], "seed": 0, "command": ["x"]}
+
+
+def lines_of(id: str, n: int = 2) -> list[dict]:
+    methods = ("fused", "origin")
+    return [{"id": id, "n": n, "method": m, "text": "é\n", "lines": len(methods)} for m in methods]
+
+
+def read_records(path) -> list[dict]:
+    return [json.loads(line) for line in (path / RECORDS_FILE).read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = tmp_path / "new" / "run"
+    with RunFolder(path, CONFIG, resume=False) as folder:
+        for id in ("a", "b"):
+            folder.append(lines_of(id))
+    return path
+
+
+def test_a_run_is_kept_with_what_it_depends_on(run):
+    config, environment = read_run(run)
+    assert config == CONFIG | {"format": 1}
+    assert {"python", "torch", "cpu", "num_threads"} <= environment.keys()
+    assert read_records(run) == lines_of("a") + lines_of("b")
+    assert sorted(path.name for path in run.iterdir()) == [
+        CONFIG_FILE,
+        ENVIRONMENT_FILE,
+        RECORDS_FILE,
+    ]
+
+
+def test_resume_goes_on_behind_what_is_done(run):
+    with RunFolder(run, CONFIG, resume=True) as folder:
+        assert folder.done == {("a", 2), ("b", 2)}
+        folder.append(lines_of("a", n=3))
+        assert ("a", 3) in folder.done
+    assert read_records(run) == lines_of("a") + lines_of("b") + lines_of("a", n=3)
+
+
+def test_a_run_torn_at_any_byte_loses_only_the_item_that_was_torn(run):
+    """Every length that a killed process, or a full disk, may leave."""
+    whole = (run / RECORDS_FILE).read_bytes()
+    ends = [len(whole) // 2, len(whole)]
+    for length in range(len(whole) + 1):
+        (run / RECORDS_FILE).write_bytes(whole[:length])
+        with RunFolder(run, CONFIG, resume=True) as folder:
+            kept = max(end for end in [0, *ends] if end <= length)
+            assert len(folder.done) == [0, *ends].index(kept)
+            for id in ("a", "b"):
+                if (id, 2) not in folder.done:
+                    folder.append(lines_of(id))
+        assert (run / RECORDS_FILE).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "made with seed 0, and this call has 1"),
+        ({"methods": ["fused"]}, r"made with methods \['fused', 'origin'\], and this call has"),
+        ({"extra": True}, "made with extra None, and this call has True"),
+    ],
+)
+def test_another_configuration_is_refused_by_the_difference(run, change, message):
+    with pytest.raises(UsageError, match=message):
+        RunFolder(run, CONFIG | change, resume=True)
+    assert read_records(run) == lines_of("a") + lines_of("b")
+
+
+def test_the_command_line_itself_may_differ(run):
+    with RunFolder(run, CONFIG | {"command": ["y"]}, resume=True) as folder:
+        assert len(folder.done) == 2
+
+
+def test_a_run_is_not_written_over(run):
+    with pytest.raises(UsageError, match="holds a run already; go on with it by --resume"):
+        RunFolder(run, CONFIG, resume=False)
+
+
+def test_a_run_of_another_version_is_refused(run):
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"format": 99}))
+    for work in (lambda: read_run(run), lambda: RunFolder(run, CONFIG, resume=True)):
+        with pytest.raises(UsageError, match=r"another version of minifuse \(format 99, this one"):
+            work()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(UsageError, match="is there and holds no run"):
+        RunFolder(tmp_path, CONFIG, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        read_run(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MinifuseError, match="cannot be used: Not a directory"):
+        RunFolder(tmp_path / "file" / "run", CONFIG, resume=False)
+
+
+def test_lines_that_are_no_records_are_an_error_with_their_number(run):
+    content = (run / RECORDS_FILE).read_text().splitlines()
+    (run / RECORDS_FILE).write_text("\n".join([content[0], "{}", *content[1:]]) + "\n")
+    with pytest.raises(MinifuseError, match="line 2 is no record"):
+        RunFolder(run, CONFIG, resume=True)
+
+
+def test_a_disk_that_is_full_leaves_whole_items(run, monkeypatch):
+    with RunFolder(run, CONFIG, resume=True) as folder:
+        file = folder._file
+
+        class Full:
+            written = 0
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def write(self, content):
+                if self.written:
+                    raise OSError(28, "No space left on device")
+                self.written = file.write(content[:10])
+                return self.written
+
+        monkeypatch.setattr(folder, "_file", Full())
+        with pytest.raises(MinifuseError, match="No space left on device"):
+            folder.append(lines_of("c"))
+    assert read_records(run) == lines_of("a") + lines_of("b")
