@@ -49,7 +49,7 @@ _INDEX_FILE = "model.safetensors.index.json"
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(/\w[\w.+-]*)*")
 
 # For the one answer that all else waits for: name lookup, each address and each read together.
-_PATIENCE_S = 8
+PATIENCE_S = 8
 # How long a broken download is tried again without a further byte.
 _STALL_S = 10
 
@@ -73,7 +73,7 @@ def parse_hub_id(text: str) -> HubSource | None:
 
     raises: MinifuseError where huggingface_hub refuses its settings
     """
-    library = _library()
+    library = hub_library()
     repository, at, revision = text.partition("@")
     if repository.count("/") != 1 or (at and not _REVISION.fullmatch(revision)):
         return None
@@ -90,7 +90,7 @@ def find_snapshot(source: HubSource) -> Path | None:
     raises: CheckpointError for an index of shards that is none; MinifuseError where the cache
             cannot be read
     """
-    with _explained(source):
+    with explained(source):
         if _missing_files(source):
             return None
         return _cached(source, _REQUIRED_FILES[0]).parent
@@ -114,12 +114,12 @@ def fetch_snapshot(source: HubSource, check: Callable[[Path], None] = lambda fol
     if folder is not None:
         _complete(replace(source, revision=folder.name))
         return folder
-    with _explained(source):
+    with explained(source):
         pinned = _download(source, check)
         return _cached(pinned, _REQUIRED_FILES[0]).parent
 
 
-def _library() -> ModuleType:
+def hub_library() -> ModuleType:
     """huggingface_hub, which reads the environment as it is imported, and may not like it."""
     try:
         import huggingface_hub
@@ -143,7 +143,7 @@ def _lookup(source: HubSource, name: str) -> object:
     """A cached file's path; None where there is none; else the library's mark for a file that the
     commit does not have.
     """
-    library = _library()
+    library = hub_library()
     return library.try_to_load_from_cache(source.repository, name, revision=source.revision)
 
 
@@ -174,7 +174,7 @@ def _read_shards(index: Path) -> list[str]:
 
 def _download(source: HubSource, check: Callable[[Path], None]) -> HubSource:
     """Fetch what is missing of a revision, all of it at the one commit that it now stands for."""
-    if _library().constants.HF_HUB_OFFLINE:
+    if hub_library().constants.HF_HUB_OFFLINE:
         raise _offline_error(source)
     info = _ask(source)
     files = {file.rfilename: file for file in info.siblings or ()}
@@ -206,11 +206,11 @@ def _complete(pinned: HubSource) -> None:
     unknown = [name for name in _SMALL_FILES if _lookup(pinned, name) is None]
     if not unknown:
         return
-    is_offline = _library().constants.HF_HUB_OFFLINE
+    is_offline = hub_library().constants.HF_HUB_OFFLINE
     try:
         if is_offline:
             raise MinifuseError("HF_HUB_OFFLINE forbids to ask for them")
-        with _explained(pinned):
+        with explained(pinned):
             files = {file.rfilename: file for file in _ask(pinned).siblings or ()}
             absent = [name for name in unknown if name in files]
             if absent:
@@ -249,18 +249,18 @@ def _write_marker(pinned: HubSource, names: list[str]) -> None:
 
 def _ask(source: HubSource) -> "ModelInfo":
     """The commit that a revision stands for, and its files; asked once and without retries."""
-    library = _library()
+    library = hub_library()
 
     def ask() -> "ModelInfo":
         return library.HfApi().model_info(
             source.repository,
             revision=source.revision,
             files_metadata=True,
-            timeout=_PATIENCE_S,
+            timeout=PATIENCE_S,
         )
 
     try:
-        return _within(_PATIENCE_S, ask)
+        return within(PATIENCE_S, ask)
     except Exception as error:
         is_answer = isinstance(error, library.errors.HfHubHTTPError)
         # A token that cannot be read, for one.
@@ -268,12 +268,12 @@ def _ask(source: HubSource) -> "ModelInfo":
         if is_answer or is_local:
             raise
         raise ModelNotFoundError(
-            f"{source} is not whole in the cache {_cache()}, and {_endpoint()} cannot be reached "
-            f"({_told(error)}): connect, or correct HF_ENDPOINT, and run the same command again"
+            f"{source} is not whole in the cache {hub_cache()}, and {hub_endpoint()} cannot be "
+            f"reached ({_told(error)}): connect, or correct HF_ENDPOINT, and run the same command again"
         ) from error
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def within(seconds: float, call: Callable[[], T]) -> T:
     """What call() returns or raises, or TimeoutError.
 
     A thread, because the timeouts of sockets hold for each address and each read anew, and none
@@ -340,8 +340,8 @@ def _check_space(pinned: HubSource, weights: list["RepoSibling"]) -> None:
     free = shutil.disk_usage(_repository_folder(pinned)).free
     if wanted > free:
         raise MinifuseError(
-            f"{pinned.repository} takes another {format_bytes(wanted)}, but the cache {_cache()} "
-            f"has {format_bytes(free)} free: make room, or set HF_HOME to a folder on a larger disk"
+            f"{pinned.repository} takes another {format_bytes(wanted)}, but the cache "
+            f"{hub_cache()} has {format_bytes(free)} free: make room, or set HF_HOME to a folder on a larger disk"
         )
 
 
@@ -375,10 +375,10 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _fetch_file(pinned: HubSource, file: "RepoSibling") -> None:
     # The hub serves what is larger by its own protocol alone, which the library speaks.
-    if file.lfs is not None and file.lfs.size <= _library().constants.MAX_HTTP_DOWNLOAD_SIZE:
+    if file.lfs is not None and file.lfs.size <= hub_library().constants.MAX_HTTP_DOWNLOAD_SIZE:
         _fetch_blob(pinned, file)
     # Where the content is there, this only links the snapshot to it.
-    _library().hf_hub_download(pinned.repository, file.rfilename, revision=pinned.revision)
+    hub_library().hf_hub_download(pinned.repository, file.rfilename, revision=pinned.revision)
 
 
 def _fetch_blob(pinned: HubSource, file: "RepoSibling") -> None:
@@ -389,10 +389,10 @@ def _fetch_blob(pinned: HubSource, file: "RepoSibling") -> None:
     """
     partial = _partial(pinned, file)
     blob = partial.with_name(file.lfs.sha256)
-    lock = _cache() / ".locks" / _repository_folder(pinned).name / f"{blob.name}.lock"
+    lock = hub_cache() / ".locks" / _repository_folder(pinned).name / f"{blob.name}.lock"
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    with _library().utils.WeakFileLock(lock):
+    with hub_library().utils.WeakFileLock(lock):
         if blob.exists():
             # By another tool, since an earlier run of this one broke off.
             partial.unlink(missing_ok=True)
@@ -414,7 +414,7 @@ def _fetch_rest(pinned: HubSource, file: "RepoSibling", partial: Path) -> None:
 
     The library tries again by itself, but not after every kind of break.
     """
-    library = _library()
+    library = hub_library()
     url = library.hf_hub_url(pinned.repository, file.rfilename, revision=pinned.revision)
     # Bytes of a compressed answer could not be counted on.
     headers = library.utils.build_hf_headers() | {"Accept-Encoding": "identity"}
@@ -444,13 +444,13 @@ def _fetch_rest(pinned: HubSource, file: "RepoSibling", partial: Path) -> None:
         time.sleep(1)
 
 
-def _cache() -> Path:
-    return Path(_library().constants.HF_HUB_CACHE)
+def hub_cache() -> Path:
+    return Path(hub_library().constants.HF_HUB_CACHE)
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
     """The hub's address, for messages: without the name and password that may stand in it."""
-    return _without_secrets(_library().constants.ENDPOINT)
+    return _without_secrets(hub_library().constants.ENDPOINT)
 
 
 def _told(error: Exception) -> str:
@@ -464,8 +464,8 @@ def _without_secrets(text: str) -> str:
 
 
 def _repository_folder(source: HubSource) -> Path:
-    name = _library().file_download.repo_folder_name
-    return _cache() / name(repo_id=source.repository, repo_type="model")
+    name = hub_library().file_download.repo_folder_name
+    return hub_cache() / name(repo_id=source.repository, repo_type="model")
 
 
 def _partial(pinned: HubSource, file: "RepoSibling") -> Path:
@@ -473,7 +473,7 @@ def _partial(pinned: HubSource, file: "RepoSibling") -> Path:
 
 
 @contextlib.contextmanager
-def _explained(source: HubSource) -> Iterator[None]:
+def explained(source: HubSource) -> Iterator[None]:
     """Whatever goes wrong, as a MinifuseError of one line."""
     try:
         yield
@@ -484,7 +484,7 @@ def _explained(source: HubSource) -> Iterator[None]:
 
 
 def _explain(source: HubSource, error: Exception) -> MinifuseError:
-    errors = _library().errors
+    errors = hub_library().errors
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         # How the library says that it could not look a file up; the reason is what helps.
         error = error.__cause__
@@ -493,11 +493,12 @@ def _explain(source: HubSource, error: Exception) -> MinifuseError:
     number = error.errno if isinstance(error, OSError) else None
     if number in DISK_FULL:
         return MinifuseError(
-            f"the disk of the cache {_cache()} is full ({error.strerror}): make room and {_RESUMES}"
+            f"the disk of the cache {hub_cache()} is full ({error.strerror}): make room and "
+            f"{_RESUMES}"
         )
     if number is not None and _is_of_cache(error):
         return MinifuseError(
-            f"the cache {_cache()} cannot be used ({_told(error)}); set HF_HOME to a folder "
+            f"the cache {hub_cache()} cannot be used ({_told(error)}); set HF_HOME to a folder "
             "that can be written"
         )
     if number == errno.ENOENT and error.filename is None:
@@ -513,7 +514,7 @@ def _is_of_cache(error: OSError) -> bool:
     """Whether it names a file in the cache, or a folder that the cache lies in."""
     if not isinstance(error.filename, str):
         return False
-    path, cache = Path(error.filename).absolute(), _cache().absolute()
+    path, cache = Path(error.filename).absolute(), hub_cache().absolute()
     if error.errno == errno.ENOTDIR:
         # It is a folder above that is none.
         path = path.parent
@@ -526,10 +527,10 @@ def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
     status = answer.status_code
     code = answer.headers.get("X-Error-Code")
     has_token = "authorization" in answer.request.headers
-    page = f"{_endpoint()}/{source.repository}"
+    page = f"{hub_endpoint()}/{source.repository}"
     host = answer.request.url.host
-    is_hub = code is not None or host == urlsplit(_library().constants.ENDPOINT).hostname
-    asked = _endpoint() if is_hub else host
+    is_hub = code is not None or host == urlsplit(hub_library().constants.ENDPOINT).hostname
+    asked = hub_endpoint() if is_hub else host
     if code == "GatedRepo":
         return ModelNotFoundError(
             f"{source} is gated: ask for access at {page}, then log in as who was granted it: "
@@ -549,19 +550,19 @@ def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
         )
     if status == 401 and has_token:
         return ModelNotFoundError(
-            f"{_endpoint()} refuses the token that {source} was asked for with: it is invalid or "
-            f"has expired; make one at {_endpoint()}/settings/tokens, then {_LOG_IN}"
+            f"{hub_endpoint()} refuses the token that {source} was asked for with: it is invalid "
+            f"or has expired; make one at {hub_endpoint()}/settings/tokens, then {_LOG_IN}"
         )
     if status in (401, 404) and is_hub:
         return ModelNotFoundError(
-            f"{source} does not exist on {_endpoint()} or is private: check its spelling (no "
+            f"{source} does not exist on {hub_endpoint()} or is private: check its spelling (no "
             f"folder of that name is here either), or log in as someone who may read it: {_LOG_IN}"
         )
     if status == 403:
         said = answer.headers.get("X-Error-Message") or "no reason given"
         return ModelNotFoundError(
             f"{source} is forbidden to this account or token ({said}): give the token read access "
-            f"to it at {_endpoint()}/settings/tokens, or use another: {_LOG_IN}"
+            f"to it at {hub_endpoint()}/settings/tokens, or use another: {_LOG_IN}"
         )
     if status == 429:
         return MinifuseError(
@@ -579,6 +580,6 @@ def _offline_error(source: HubSource) -> ModelNotFoundError:
     if _cached(source, _REQUIRED_FILES[0]):
         state = f"is half downloaded, without {', '.join(_missing_files(source))}, in"
     return ModelNotFoundError(
-        f"{source} {state} the cache {_cache()}, and HF_HUB_OFFLINE forbids to fetch it: unset it "
-        "and run the same command again, or set HF_HOME to where it is cached"
+        f"{source} {state} the cache {hub_cache()}, and HF_HUB_OFFLINE forbids to fetch it: unset "
+        "it and run the same command again, or set HF_HOME to where it is cached"
     )

@@ -39,7 +39,7 @@ start = time.monotonic()
 heard = warnings.catch_warnings(record=True)
 said = heard.__enter__()
 try:
-    hub._library().constants.DOWNLOAD_CHUNK_SIZE = 1000
+    hub.hub_library().constants.DOWNLOAD_CHUNK_SIZE = 1000
     result = {"folder": str(hub.fetch_snapshot(hub.parse_hub_id(sys.argv[1])))}
 except MinifuseError as error:
     result = {"kind": type(error).__name__, "message": str(error)}
@@ -314,7 +314,7 @@ def test_a_home_that_cannot_be_written_spoils_no_download(stub, fetch, tmp_path)
 
 def test_a_file_too_large_for_http_is_left_to_the_library(monkeypatch):
     asked = []
-    library = hub._library()
+    library = hub.hub_library()
     monkeypatch.setattr(library.constants, "MAX_HTTP_DOWNLOAD_SIZE", 100)
     monkeypatch.setattr(library, "hf_hub_download", lambda *args, **_: asked.append(args))
     monkeypatch.setattr(hub, "_fetch_blob", lambda _, file: asked.append(file.rfilename))
@@ -717,16 +717,16 @@ def test_releases_of_the_library_that_nobody_has_seen_are_not_installed():
     raw = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     (wanted,) = [name for name in raw["project"]["dependencies"] if name.startswith("hugging")]
     limit = int(wanted.partition("<")[2])
-    assert int(hub._library().__version__.partition(".")[0]) == limit - 1
+    assert int(hub.hub_library().__version__.partition(".")[0]) == limit - 1
 
 
 def test_patience_ends_whatever_the_call_waits_for():
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
-        hub._within(0.1, lambda: time.sleep(5))
+        hub.within(0.1, lambda: time.sleep(5))
     assert time.monotonic() - start < 2
     with pytest.raises(ZeroDivisionError):
-        hub._within(1, lambda: 1 / 0)
+        hub.within(1, lambda: 1 / 0)
 
 
 LOAD = """

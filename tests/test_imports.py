@@ -17,7 +17,7 @@ ORDER = """
     tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
     executor request engine jsonl generate
-    evaluation.records
+    evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
 """.split()
 DECODER = ("rope", "cache", "model")
 SOURCES = sorted((ROOT / "minifuse").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
