@@ -269,7 +269,8 @@ def _ask(source: HubSource) -> "ModelInfo":
             raise
         raise ModelNotFoundError(
             f"{source} is not whole in the cache {hub_cache()}, and {hub_endpoint()} cannot be "
-            f"reached ({_told(error)}): connect, or correct HF_ENDPOINT, and run the same command again"
+            f"reached ({_told(error)}): connect, or correct HF_ENDPOINT, and run the same command "
+            "again"
         ) from error
 
 
@@ -341,7 +342,8 @@ def _check_space(pinned: HubSource, weights: list["RepoSibling"]) -> None:
     if wanted > free:
         raise MinifuseError(
             f"{pinned.repository} takes another {format_bytes(wanted)}, but the cache "
-            f"{hub_cache()} has {format_bytes(free)} free: make room, or set HF_HOME to a folder on a larger disk"
+            f"{hub_cache()} has {format_bytes(free)} free: make room, or set HF_HOME to a folder "
+            "on a larger disk"
         )
 
 
