@@ -1,0 +1,261 @@
+"""`python -m minifuse.evaluate` from data set to report, on a tiny model; killed and taken up."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_files import make_model, write_hub_folder
+
+import minifuse
+from minifuse.evaluate import main
+from minifuse.evaluation.datasets import load_dataset
+from minifuse.evaluation.prompts import (
+    PromptBuilder,
+    choose_shots,
+    continuation_of,
+    find_template,
+    read_template,
+)
+from minifuse.evaluation.records import RECORDS_FILE
+from minifuse.evaluation.runner import count_streams, predict
+from minifuse.methods import FusionMethod
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = ROOT / "examples" / "questions.jsonl"
+# A tolerance in nats for one token's log-probability, see test_engine; answers have a few.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    made = make_model("llama", max_position_embeddings=2048)
+    return write_hub_folder(tmp_path_factory.mktemp("evaluate") / "tiny", made)
+
+
+def flags(model: Path, output: Path, *more: str) -> list[str]:
+    given = ["--dataset", str(QUESTIONS), "--model", str(model), "--no-compile", "--shots", "2"]
+    given += ["--output", str(output), "--limit", "5", "--paraphrases", "3"]
+    return [*given, "--max-new-tokens", "3", *more]
+
+
+def read_records(run: Path) -> list[dict]:
+    lines = (run / RECORDS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_timings(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "timings"} for record in records]
+
+
+def assert_same_records(ours: list[dict], theirs: list[dict]) -> None:
+    """The same answers to the same questions; numbers within the tolerance."""
+    exact = ("id", "n", "method", "paraphrase_index", "paraphrases", "text", "token_ids", "lines")
+    for one, other in zip(ours, theirs, strict=True):
+        assert {k: one[k] for k in exact} == {k: other[k] for k in exact}
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE)
+        if one["answer_logprobs"] is not None:
+            assert one["answer_logprobs"] == pytest.approx(other["answer_logprobs"], abs=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluate") / "run"
+    assert main(flags(model, path)) == 0
+    return path
+
+
+def test_a_run_leaves_everything_that_was_promised(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.json",
+        "environment.json",
+        "records.jsonl",
+        "results.parquet",
+        "results.feather",
+        "results.csv",
+        "summary.json",
+        "report.html",
+    }
+    records = read_records(run)
+    per_item = len(FusionMethod) - 1 + 3
+    assert len(records) == 5 * per_item
+    assert {record["method"] for record in records} == {str(method) for method in FusionMethod}
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["methods"]) == {str(method) for method in FusionMethod}
+    assert summary["num_items"] == 5
+    assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_records_are_what_the_engine_says(run, model):
+    """One item, asked once more by hand."""
+    config = json.loads((run / "config.json").read_text())
+    dataset = load_dataset(str(QUESTIONS), min_paraphrases=3)
+    shots, left_out = choose_shots(dataset, 2, 0)
+    assert config["shot_ids"] == [shot.id for shot in shots]
+    template = read_template(find_template(dataset.name))
+    records = read_records(run)
+    assert not left_out & {record["id"] for record in records}
+    item = next(item for item in dataset.items if item.id == records[0]["id"])
+    prompt = PromptBuilder(template, tuple(shots)).build(item, item.paraphrases[:3])
+    request = {"prefix": prompt.prefix, "segments": prompt.segments, "suffix": prompt.suffix}
+    fuser = minifuse.load(model, compile=False)
+    methods = [str(method) for method in FusionMethod]
+    answers = fuser.generate(**request, methods=methods, max_new_tokens=3, stop=template.stop)
+    scores = fuser.score(
+        **request,
+        methods=[method for method in methods if method != "vote"],
+        continuations=[continuation_of(answer) for answer in item.answers],
+    )
+    for record in (record for record in records if record["id"] == item.id):
+        answer, score = answers[record["method"]], scores.get(record["method"])
+        if record["paraphrase_index"] is not None:
+            answer, score = (part[record["paraphrase_index"]] for part in (answer, score))
+        assert record["token_ids"] == list(answer.token_ids)
+        assert record["prediction"] == predict(answer.text)
+        if score is None:
+            assert record["answer_logprob"] is None
+        else:
+            assert record["answer_logprobs"] == pytest.approx(score, abs=TOLERANCE)
+            assert record["answer_logprob"] == max(record["answer_logprobs"])
+
+
+@pytest.mark.parametrize("batch_size", ["1", "4"])
+def test_results_do_not_depend_on_the_batch_size(run, model, tmp_path, batch_size):
+    assert main(flags(model, tmp_path / "run", "--batch-size", batch_size)) == 0
+    assert_same_records(read_records(tmp_path / "run"), read_records(run))
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_one_in_a_single_go(run, model, tmp_path):
+    """kill -9 at random moments; nothing is lost, nothing doubled."""
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "minifuse.evaluate"]
+    given = flags(model, output, "--batch-size", "1")
+    draw = random.Random(0)
+    kills = 0
+    while True:
+        args = [*command, *given, *(["--resume"] if (output / "config.json").exists() else [])]
+        process = subprocess.Popen(
+            args, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        size = _size(output)
+        deadline = time.monotonic() + 60
+        # Killed some time after it has written more, so that every start gets somewhere.
+        while process.poll() is None and _size(output) == size and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(draw.random() * 0.3)
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 2
+    assert_same_records(read_records(output), read_records(run))
+    assert (output / "report.html").exists()
+
+
+def _size(run: Path) -> int:
+    path = run / RECORDS_FILE
+    return path.stat().st_size if path.exists() else -1
+
+
+def test_resume_wants_the_same_configuration(run, model, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert main(flags(model, copy)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(flags(model, copy, "--resume", "--seed", "1")) == 2
+    assert "was made with" in capsys.readouterr().err
+    before = (copy / RECORDS_FILE).read_bytes()
+    assert main(flags(model, copy, "--resume")) == 0
+    assert (copy / RECORDS_FILE).read_bytes() == before
+
+
+def test_a_sweep_asks_with_several_numbers_of_paraphrases(model, tmp_path):
+    given = flags(model, tmp_path / "run", "--sweep", "1,2", "--methods", "fused,logit_avg")
+    assert main(given) == 0
+    records = read_records(tmp_path / "run")
+    assert [record["n"] for record in records] == [1] * 10 + [2] * 10
+    assert all(len(record["paraphrases"]) == record["n"] for record in records)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert set(summary["by_n"]) == {"1", "2"}
+
+
+def test_finished_runs_are_scored_lemmatized_and_compared(run, model, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name in ("summary.json", "report.html", "results.csv"):
+        (copy / name).unlink()
+    assert main(["score", str(copy)]) == 0
+    assert json.loads((copy / "summary.json").read_text()) == json.loads(
+        (run / "summary.json").read_text()
+    )
+    assert main(["lemmatize", str(copy)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(run), str(copy)]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared
+
+
+BAD_USAGE = [
+    (["--paraphrases", "0"], "0 paraphrases were asked for"),
+    (["--paraphrases", "9"], "5 paraphrases of id .* wanted at least 9"),
+    (["--sweep", "1,x"], "--sweep is '1,x'"),
+    (["--shots", "-1"], "--shots is -1"),
+    (["--shots", "99"], "99 shots are asked for"),
+    (["--limit", "0"], "--limit is 0"),
+    (["--batch-size", "0"], "--batch-size is 0"),
+    (["--methods", "guess"], "guess"),
+    (["--system", "x"], "--system is for a chat template"),
+    (["--beta", "nan"], "beta is nan"),
+    (["--choice", "best"], "best"),
+    (["--fields", "x"], "--fields has 'x'"),
+    (["--family", "fused"], "--family has 'fused'"),
+    (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--weights", "likelihood", "--weights-from", "x"], "--weights stands beside"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_USAGE)
+def test_bad_usage_is_one_line_and_leaves_nothing(more, message, model, tmp_path, capsys):
+    import re
+
+    assert main(flags(model, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(flags(model, tmp_path / "file" / "run")) == 1
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_predictions_are_the_first_line():
+    assert predict(" Paris\nQ: next") == "Paris"
+    assert predict("\n\n  Rome \n") == "Rome"
+    assert predict(" \n") == predict("") == ""
+
+
+def test_streams_that_a_method_needs_alone():
+    assert count_streams("logit_avg", 5) == count_streams("vote", 5) == 5
+    assert count_streams("fused", 5) == count_streams("weighted_max", 5) == 1
+    assert count_streams("per_prompt", 5) == 1
+
+
+def test_interrupted_runs_say_how_to_go_on(model, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minifuse.evaluation.runner._run_batch", interrupt)
+    assert main(flags(model, tmp_path / "run")) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert os.path.exists(tmp_path / "run" / "config.json")
