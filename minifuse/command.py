@@ -1,4 +1,4 @@
-"""What the command lines share: exit statuses, errors and warnings of one line, ctrl-C.
+"""What the command lines share: the model's flags, exit statuses, errors of one line, ctrl-C.
 
 Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 141 nobody reads on.
 """
@@ -11,9 +11,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from minifuse.errors import MinifuseError, UsageError
+
+if TYPE_CHECKING:
+    from minifuse.engine import Fuser
 
 # What a shell reports for a program that SIGINT or SIGPIPE ended.
 _INTERRUPTED = 130
@@ -30,6 +33,29 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists what there is")
+
+
+def add_model_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags that `load_fuser` reads; a parser or a group of one takes them."""
+    add = parser.add_argument
+    add("--model", metavar="NAME|DIR|HUB_ID|FILE.gguf", help="default: the default model")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    add("--device", default="auto", help="default: %(default)s")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the model, or run it op by op (default: --compile)",
+    )
+
+
+def load_fuser(args: argparse.Namespace) -> "Fuser":
+    """The model that the flags of `add_model_flags` ask for; loads torch."""
+    import minifuse
+
+    return minifuse.load(
+        model=args.model, dtype=args.dtype, device=args.device, compile=args.compile
+    )
 
 
 def run_command(work: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -283,15 +283,12 @@ def _read_weights(
         return args.weights
     if args.weights is not None:
         raise UsageError("--weights stands beside --weights-from; wanted one or the other")
-    from minifuse.evaluation.confidences import read_weights
+    from minifuse.evaluation.confidences import read_weights, weights_of
 
     weights = read_weights(args.weights_from)
-    for item in items:
-        if len(weights.get(item.id, ())) != len(item.paraphrases):
-            raise UsageError(
-                f"{args.weights_from} has {len(weights.get(item.id, ()))} weights for item "
-                f"{item.id!r}; wanted one for each of its {len(item.paraphrases)} paraphrases"
-            )
+    for item in items:  # what does not fit shows before the work begins
+        everything = range(len(item.paraphrases))
+        weights_of(weights, item.id, everything, len(item.paraphrases))
     return weights
 
 

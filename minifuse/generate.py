@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minifuse.command import Parser, check_interrupt, run_command
+from minifuse.command import Parser, add_model_flags, check_interrupt, load_fuser, run_command
 from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig, GenerationConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.jsonl import (
@@ -26,6 +26,7 @@ from minifuse.jsonl import (
     check_weights,
     checked,
     dump_json,
+    key_of_generation,
     read_input,
     read_text,
 )
@@ -167,16 +168,9 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add("--model", metavar="NAME|DIR|HUB_ID|FILE.gguf", help="default: the default model")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
-    add("--device", default="auto", help="default: %(default)s")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile the model, or run it op by op (default: --compile)",
-    )
+    group = parser.add_argument_group("run")
+    add_model_flags(group)
+    add = group.add_argument
     add("--json", action="store_true", help="print one JSON object a result")
     add(
         "--stream",
@@ -207,23 +201,25 @@ def _run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         results_file = None
         if args.output:
-            results_file = stack.enter_context(ResultsFile(args.output, options, prompts))
+            results_file = stack.enter_context(_open_results(args.output, options, prompts))
             prompts = [prompt for prompt in prompts if prompt.id not in results_file.done]
         if not prompts:
             print("nothing to do: every request is answered", file=sys.stderr)
             return
-        fuser = _load(args)
+        fuser = load_fuser(args)
         if args.input:
             _answer_file(fuser, prompts, options, args, results_file)
         else:
             _answer_one(fuser, prompts[0], options, args, results_file)
 
 
-def _load(args: argparse.Namespace) -> "Fuser":
-    import minifuse
-
-    return minifuse.load(
-        model=args.model, dtype=args.dtype, device=args.device, compile=args.compile
+def _open_results(path: Path, options: Options, prompts: list[PromptLine]) -> ResultsFile:
+    return ResultsFile(
+        path,
+        options.for_record(),
+        [prompt.unit(options.methods) for prompt in prompts],
+        read_key=key_of_generation,
+        source_names=("model", "source", "dtype", "quantize"),
     )
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ class PromptLine:
     weights: tuple[float, ...] | str | None
     where: str
 
-    def fingerprint(self) -> str:
-        """A hash of all that its results depend on."""
+    def unit(self, methods: Iterable[str]) -> "Unit":
+        """What a results file is to hold of it."""
+        keys: set[tuple[str, int | None]] = set()
+        for method in methods:
+            indices = range(len(self.segments)) if method == "per_prompt" else [None]
+            keys |= {(method, index) for index in indices}
         content = [self.prefix, self.segments, self.suffix, self.weights]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return Unit(self.id, fingerprint(content), frozenset(keys))
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Options:
         del options["model"], options["dtype"]
         return {**options, "methods": list(self.methods), "stop": list(self.stop)}
 
+    def for_record(self) -> dict[str, Any]:
+        """What is kept beside the results; the order of the methods says nothing."""
+        return {**asdict(self), "methods": sorted(self.methods)}
+
 
 def read_input(
     path: Path,
@@ -75,11 +83,9 @@ def read_input(
     """
     prompts: list[PromptLine] = []
     seen: dict[str | int, str] = {}
-    for number, line in enumerate(read_text(path, "--input").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        raw = {"id": number, "prefix": prefix, "suffix": suffix, **_parse_line(line, where)}
+    for number, where, line in read_json_lines(path, "--input"):
+        _check_keys(line, where)
+        raw = {"id": number, "prefix": prefix, "suffix": suffix, **line}
         prompt = _read_line(raw, weights, where)
         if prompt.id in seen:
             raise UsageError(
@@ -92,20 +98,32 @@ def read_input(
     return prompts
 
 
-def _parse_line(line: str, where: str) -> dict:
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UsageError(f"{where}: {type(raw).__name__}; wanted a JSON object")
+def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, str, dict]]:
+    """Each line's number, how an error names it, and its object; blank lines are passed over.
+
+    name:   what an error calls the file, such as the flag that named it
+    raises: UsageError naming the file and the line that is wrong.
+    """
+    for number, line in enumerate(read_text(path, name).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            raw = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}: not JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise UsageError(f"{where}: {type(raw).__name__}; wanted a JSON object")
+        yield number, where, raw
+
+
+def _check_keys(raw: dict, where: str) -> None:
     allowed = ("id", "prefix", "segments", "suffix", "weights")
     unknown = [key for key in raw if key not in allowed]
     if unknown:
         raise UsageError(
             f"{where}: unknown key {', '.join(map(repr, unknown))}; wanted {', '.join(allowed)}"
         )
-    return raw
 
 
 def _read_line(raw: dict, weights: tuple[float, ...] | str | None, where: str) -> PromptLine:
@@ -184,22 +202,68 @@ def checked(text: str, name: str) -> str:
     return text
 
 
-class ResultsFile:
-    """A JSON Lines file that grows by whole requests and can be continued.
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work whose lines are written together: all that a results file knows of it.
 
-    A result does not hold all that it depends on, so options and requests are kept beside it, in
-    `FILE.run.json`; a run with other options, or other text under an id that is done, is refused.
+    id:          names it; what JSON holds, or a tuple of such
+    fingerprint: of all that its lines depend on, beside the run's options
+    line_keys:   what tells its lines from one another
     """
 
-    def __init__(self, path: Path, options: Options, prompts: list[PromptLine]):
+    id: Hashable
+    fingerprint: str
+    line_keys: frozenset[Hashable] = frozenset({None})
+
+
+def fingerprint(content: object) -> str:
+    """A short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def key_of_line(line: dict) -> tuple[Hashable, Hashable]:
+    """The unit's id and the line's key, where a unit has one line."""
+    return line["id"], None
+
+
+def key_of_generation(line: dict) -> tuple[Hashable, Hashable]:
+    """The unit's id and the line's key, where a unit is a request and a line one answer."""
+    return line["id"], (line["method"], line["paraphrase_index"])
+
+
+class ResultsFile:
+    """A JSON Lines file that grows by whole units and can be continued.
+
+    A line does not hold all that it depends on, so options and units are kept beside it, in
+    `FILE.run.json`; a run with other options, or other content under an id that is done, is
+    refused.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: Mapping[str, Any],
+        units: Sequence[Unit],
+        *,
+        read_key: Callable[[dict], tuple[Hashable, Hashable]] = key_of_line,
+        source_names: Sequence[str] = (),
+    ):
         """Open, and find what is done; a torn end is cut off.
 
-        raises: UsageError where the file belongs to another run; MinifuseError where it cannot be
-        written.
+        options:      what all units share, as JSON holds it
+        read_key:     a line's unit and its key; KeyError or TypeError for a line of another kind
+        source_names: keys of a line that say which model made it; without any, call
+                      `check_source` before the first `append`
+        raises:       UsageError where the file belongs to another run; MinifuseError where it
+                      cannot be written.
         """
         self.path = path
-        self.done: set[str | int | None] = set()
-        self._last: dict | None = None
+        self.done: set[Hashable] = set()
+        self._options = dict(options)
+        self._units = {unit.id: unit for unit in units}
+        self._read_key = read_key
+        self._source_names = tuple(source_names)
+        self._source: dict[str, Any] | None = None
         self._record_path = path.with_name(f"{path.name}.run.json")
         self._is_new = not path.exists()
         with self._as_error():
@@ -207,7 +271,7 @@ class ResultsFile:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             with self._as_error():
-                self._take_up(options, prompts)
+                self._take_up()
         except BaseException:
             self.close()
             raise
@@ -226,13 +290,14 @@ class ResultsFile:
             self.path.unlink(missing_ok=True)
             self._record_path.unlink(missing_ok=True)
 
-    def append(self, results: list[dict]) -> None:
-        """Write one request's results: all of them, or none.
+    def append(self, lines: Sequence[dict]) -> None:
+        """Write one unit's lines: all of them, or none.
 
-        raises: UsageError where another model made the results that are there.
+        raises: UsageError where another model made the lines that are there.
         """
-        self._check_source(results[0])
-        content = "".join(f"{dump_json(result)}\n" for result in results).encode("utf-8")
+        if self._source_names:
+            self._compare_source(self._source_of(lines[0]))
+        content = "".join(f"{dump_json(line)}\n" for line in lines).encode("utf-8")
         with self._as_error():
             end = self._file.seek(0, os.SEEK_END)
             try:
@@ -240,77 +305,97 @@ class ResultsFile:
                 while written < len(content):
                     written += self._file.write(content[written:])
                 os.fsync(self._file.fileno())
-            except BaseException:  # an interrupt too must leave whole requests
+            except BaseException:  # an interrupt too must leave whole units
                 self._file.truncate(end)
                 raise
-        self._last = results[0]
 
-    def _take_up(self, options: Options, prompts: list[PromptLine]) -> None:
+    def check_source(self, source: Mapping[str, Any]) -> None:
+        """Keep which model makes the lines, where they do not say so themselves.
+
+        source: what is known only once the model is loaded, such as the hash of its files
+        raises: UsageError where another model made the lines that are there.
+        """
+        self._compare_source(dict(source))
+        with self._as_error():
+            self._write_record()
+
+    def _take_up(self) -> None:
         self._file.seek(0)
         content = self._file.read()
-        requests = {json.dumps(prompt.id): prompt.fingerprint() for prompt in prompts}
         if content:
-            record = self._read_record(self._record_path)
-            self._check_options(record["options"], options)
-            end = self._find_done(content, options.methods, prompts)
-            # In the order of the requests, so that the same call names the same one.
-            for id in (prompt.id for prompt in prompts if prompt.id in self.done):
-                if record["requests"].get(json.dumps(id)) != requests[json.dumps(id)]:
+            record = self._read_record()
+            self._check_options(record["options"])
+            end = self._find_done(content)
+            # In the order of the units, so that the same call names the same one.
+            for id in (id for id in self._units if id in self.done):
+                if record["requests"].get(json.dumps(id)) != self._units[id].fingerprint:
                     raise UsageError(
                         f"{self.path} answers another request under id {id!r}; choose another "
                         "--output"
                     )
+            if not self._source_names:
+                self._source = record.get("source")
             self._file.truncate(end)
-        record = {"options": asdict(options), "requests": requests}
+        self._write_record()
+
+    def _write_record(self) -> None:
+        record: dict[str, Any] = {"options": self._options}
+        if self._source is not None and not self._source_names:
+            record["source"] = self._source
+        record["requests"] = {json.dumps(id): u.fingerprint for id, u in self._units.items()}
         partial = self._record_path.with_name(f"{self._record_path.name}.partial")
         partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
         os.replace(partial, self._record_path)
 
-    def _read_record(self, path: Path) -> dict:
+    def _read_record(self) -> dict:
         # Whatever is wrong with it, the answer is the same.
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            record = json.loads(path.read_bytes())
-            if isinstance(record["options"], dict) and isinstance(record["requests"], dict):
+            record = json.loads(self._record_path.read_bytes())
+            parts = record["options"], record["requests"], record.get("source", {})
+            if all(isinstance(part, dict) for part in parts):
                 return record
         raise UsageError(
-            f"{self.path} is not empty, and {path.name} beside it does not say which call made it; "
-            "choose another --output"
+            f"{self.path} is not empty, and {self._record_path.name} beside it does not say which "
+            "call made it; choose another --output"
         )
 
-    def _check_options(self, recorded: dict, options: Options) -> None:
-        current = json.loads(json.dumps(asdict(options)))
+    def _check_options(self, recorded: dict) -> None:
+        current = json.loads(json.dumps(self._options))
         for name in sorted(recorded.keys() | current.keys()):
             old, new = recorded.get(name), current.get(name)
-            if name == "methods":
-                old, new = sorted(old or []), sorted(new)
             if old != new:
                 raise UsageError(
                     f"{self.path} was made with {name} {old!r}, and this call has {new!r}; choose "
                     "another --output or repeat the first call's options"
                 )
 
-    def _check_source(self, result: dict) -> None:
-        for name in ("model", "source", "dtype", "quantize"):
-            if self._last is not None and self._last.get(name) != result.get(name):
+    def _source_of(self, line: dict) -> dict[str, Any]:
+        return {name: line.get(name) for name in self._source_names}
+
+    def _compare_source(self, source: dict[str, Any]) -> None:
+        if self._source is None:
+            self._source = source
+        for name, new in source.items():
+            old = self._source.get(name)
+            if old != new:
                 raise UsageError(
-                    f"{self.path} was made with {name} {self._last.get(name)!r}, and this call has "
-                    f"{result.get(name)!r}; choose another --output"
+                    f"{self.path} was made with {name} {old!r}, and this call has {new!r}; choose "
+                    "another --output"
                 )
 
-    def _find_done(self, content: bytes, methods: Iterable[str], prompts: list[PromptLine]) -> int:
-        """Fill `done`; returns where the last whole request ends."""
-        expected = {prompt.id: _expected_results(methods, prompt) for prompt in prompts}
+    def _find_done(self, content: bytes) -> int:
+        """Fill `done`; returns where the last whole unit ends."""
         end = offset = 0
         open_id, missing = None, set()
         lines = content.split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):
-            offset += len(line) + 1
+        for number, raw in enumerate(lines[:-1], 1):
+            offset += len(raw) + 1
             try:
-                result = json.loads(line)
-                id, key = result["id"], (result["method"], result["paraphrase_index"])
+                line = json.loads(raw)
+                id, key = self._read_key(line)
                 is_new = not missing
                 if is_new and id not in self.done:
-                    open_id, missing = id, set(expected[id])
+                    open_id, missing = id, set(self._units[id].line_keys)
                 if id != open_id:
                     raise KeyError(id)
                 missing.remove(key)
@@ -323,7 +408,8 @@ class ResultsFile:
                 ) from None
             if not missing:
                 self.done.add(id)
-                self._last = result
+                if self._source_names:
+                    self._source = self._source_of(line)
                 end = offset
         return end
 
@@ -336,16 +422,6 @@ class ResultsFile:
                 f"cannot write {error.filename or self.path}: {error.strerror}; choose another "
                 "--output"
             ) from None
-
-
-def _expected_results(methods: Iterable[str], prompt: PromptLine) -> set[tuple[str, int | None]]:
-    expected: set[tuple[str, int | None]] = set()
-    for method in methods:
-        if method == "per_prompt":
-            expected |= {(method, index) for index in range(len(prompt.segments))}
-        else:
-            expected.add((method, None))
-    return expected
 
 
 def dump_json(value: dict, *, ensure_ascii: bool = False) -> str:

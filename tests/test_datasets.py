@@ -188,7 +188,7 @@ class TestParaphraseFiles:
         [
             ({"id": 1, "question": "other?", "paraphrases": ["p"]}, "of this data set"),
             ({"id": 2, "question": "2?", "paraphrases": ["p"]}, "id '2' is taken by .*line 1"),
-            ({"id": 1, "question": "1?", "paraphrases": []}, "empty list"),
+            ({"id": 1, "question": "1?", "paraphrases": [""]}, "paraphrases"),
             ({"id": 1, "question": "1?"}, "no column 'paraphrases'"),
             ("{", "not JSON"),
         ],

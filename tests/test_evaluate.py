@@ -187,6 +187,20 @@ def test_a_sweep_asks_with_several_numbers_of_paraphrases(model, tmp_path):
     assert set(summary["by_n"]) == {"1", "2"}
 
 
+def test_weights_come_from_a_confidence_file(model, tmp_path):
+    """An item's weights are those of its chosen paraphrases, and go to the weighted methods."""
+    dataset = load_dataset(str(QUESTIONS), min_paraphrases=3)
+    lines = [{"id": item.id, "confidences": [0.5, 0.0, 1.0, 1.0, 0.0]} for item in dataset.items]
+    path = tmp_path / "weights.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ["--weights-from", str(path), "--methods", "fused_weighted,weighted_max,fused"]
+    assert main(flags(model, tmp_path / "run", *given)) == 0
+    weights = {record["method"]: record["weights"] for record in read_records(tmp_path / "run")}
+    assert weights["fused_weighted"] == pytest.approx([1 / 3, 0, 2 / 3])
+    assert weights["weighted_max"] == pytest.approx([1 / 3, 0, 2 / 3])
+    assert weights["fused"] is None
+
+
 def test_finished_runs_are_scored_lemmatized_and_compared(run, model, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     for name in ("summary.json", "report.html", "results.csv"):

@@ -19,12 +19,20 @@ ORDER = """
     executor request engine jsonl generate
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
-    evaluation.plots evaluation.report evaluation.runner
-    evaluate
+    evaluation.plots evaluation.report evaluation.flags evaluation.batches
+    evaluation.paraphrasing evaluation.confidences evaluation.runner
+    evaluate paraphrase confidence
 """.split()
 DECODER = ("rope", "cache", "model")
 SOURCES = sorted((ROOT / "minifuse").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
-COMMANDS = ("minifuse.cards", "minifuse.generate", "minifuse.evaluate", "tools.convert_weights")
+COMMANDS = (
+    "minifuse.cards",
+    "minifuse.generate",
+    "minifuse.evaluate",
+    "minifuse.paraphrase",
+    "minifuse.confidence",
+    "tools.convert_weights",
+)
 
 
 def name_of(path: Path) -> str:

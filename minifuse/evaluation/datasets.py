@@ -424,7 +424,8 @@ def _read_paraphrases(path: Path, reading: _Reading) -> dict[str, tuple[str, str
 
     def read(row: Row) -> None:
         id, question = row.key("id"), row.text("question")
-        paraphrases = row.texts("paraphrases")
+        # None passed for some questions: minifuse.paraphrase writes these down, too.
+        paraphrases = row.texts("paraphrases", may_be_empty=True)
         if id in given:
             raise BadRow(f"{row.where}: id {id!r} is taken by {given[id][0]}; ids must differ")
         given[id] = (row.where, question, paraphrases)

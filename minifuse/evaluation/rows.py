@@ -75,8 +75,8 @@ class Row:
     def text(self, name: str) -> str:
         return self._checked(name, self._value(name))
 
-    def texts(self, name: str) -> tuple[str, ...]:
-        """A list of at least one text."""
+    def texts(self, name: str, *, may_be_empty: bool = False) -> tuple[str, ...]:
+        """A list of texts, at least one unless it may be empty."""
         value = self._value(name)
         if self.is_text:
             try:
@@ -87,7 +87,7 @@ class Row:
                 ) from None
         if not isinstance(value, list):
             raise BadRow(f"{self.where}: {name} is {_show(value)}; wanted a list of strings")
-        if not value:
+        if not value and not may_be_empty:
             raise BadRow(f"{self.where}: {name} is an empty list; wanted at least one string")
         return tuple(self._checked(f"{name}[{place}]", text) for place, text in enumerate(value))
 

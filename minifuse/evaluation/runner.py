@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from minifuse.command import check_interrupt
 from minifuse.engine import Fuser, Results, Scores
+from minifuse.evaluation.confidences import weights_of
 from minifuse.evaluation.datasets import Item
 from minifuse.evaluation.prompts import PromptBuilder, choose_paraphrases, continuation_of
 from minifuse.evaluation.records import RunFolder
@@ -25,7 +26,7 @@ class RunPlan:
 
     counts:  numbers of paraphrases, N
     choice:  how paraphrases are chosen, see `choose_paraphrases`
-    weights: of each item's chosen paraphrases by its id; or the signal to find them by, or None
+    weights: of each item's paraphrases by its id; or the signal to find them by, or None
     options: keyword arguments of `Fuser.generate_and_score`
     """
 
@@ -126,7 +127,7 @@ def _make_request(
     prompt = builder.build(item, paraphrases)
     weights = plan.weights
     if isinstance(weights, Mapping):
-        weights = [weights[item.id][i] for i in indices]
+        weights = weights_of(weights, item.id, indices, len(item.paraphrases))
     return Request(prompt.segments, prompt.prefix, prompt.suffix, weights)
 
 

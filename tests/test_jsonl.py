@@ -1,0 +1,85 @@
+"""Results files for any kind of line; `generate` and the evaluation's commands test their own."""
+
+import json
+
+import pytest
+
+from minifuse.errors import UsageError
+from minifuse.jsonl import ResultsFile, Unit, fingerprint
+
+METHODS = ("fused", "vote")
+
+
+def key_of(line: dict) -> tuple:
+    return (line["id"], line["n"]), line["method"]
+
+
+def make_units(*, text: str = "") -> list[Unit]:
+    keys = [(id, n) for id in ("a", "b") for n in (1, 2)]
+    return [Unit(key, fingerprint([key, text]), frozenset(METHODS)) for key in keys]
+
+
+def lines_of(unit: Unit) -> list[dict]:
+    id, n = unit.id
+    return [{"id": id, "n": n, "method": method} for method in METHODS]
+
+
+def write(path, units, *, options=None, source="here", count=None) -> list:
+    """Complete a file, or write `count` units; returns the ids that were done before."""
+    with ResultsFile(path, options or {"seed": 0}, units, read_key=key_of) as file:
+        done = [unit.id for unit in units if unit.id in file.done]
+        file.check_source({"source": source})
+        for unit in [unit for unit in units if unit.id not in file.done][:count]:
+            file.append(lines_of(unit))
+    return done
+
+
+def test_every_cut_is_completed(tmp_path):
+    """Units of several lines under ids of several parts: at each byte whole units stay."""
+    path, units = tmp_path / "out.jsonl", make_units()
+    assert write(path, units) == []
+    whole = path.read_bytes()
+    size = len("".join(f"{json.dumps(line)}\n" for line in lines_of(units[0])))
+    assert len(whole) == len(units) * size
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        assert write(path, units) == [unit.id for unit in units[: cut // size]]
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": {"seed": 1}}, "made with seed 0, and this call has 1"),
+        ({"options": {"seed": 0, "more": 1}}, "made with more None, and this call has 1"),
+        ({"source": "there"}, "made with source 'here', and this call has 'there'"),
+        ({"units": make_units(text="x")}, r"another request under id \('a', 1\)"),
+        ({"units": make_units()[1:]}, "line 1: not a result that this call would write"),
+    ],
+)
+def test_another_run_is_refused(change, message, tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, make_units(), count=2)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=message):
+        write(path, **{"units": make_units(), **change})
+    assert path.read_bytes() == before
+    assert write(path, make_units()) == [("a", 1), ("a", 2)]
+
+
+def test_a_source_that_made_nothing_is_forgotten(tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, make_units(), count=0)
+    assert list(tmp_path.iterdir()) == []
+    path.touch()
+    write(path, make_units(), source="there", count=0)
+    assert write(path, make_units()) == []
+
+
+def test_a_line_twice_is_refused(tmp_path):
+    path, units = tmp_path / "out.jsonl", make_units()
+    write(path, units, count=2)
+    content = path.read_bytes()
+    path.write_bytes(content + content)
+    with pytest.raises(UsageError, match="line 5: not a result"):
+        write(path, units)
