@@ -21,7 +21,16 @@ from minifuse.cache import KVCache, cache_bytes, copy_prefix, snapshot_prefix
 from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.executor import LABEL_COUNTS, MIN_SLOTS, Executor, Session, Size, Token, round_up
+from minifuse.executor import (
+    LABEL_COUNTS,
+    MIN_SLOTS,
+    Executor,
+    Session,
+    Size,
+    Token,
+    is_short,
+    round_up,
+)
 from minifuse.layout import Encoding, PackedPrompt, Part, Span, View
 from minifuse.loader import LoadedModel, free_memory, load_model
 from minifuse.methods import SPECS, FusionMethod, Weighting, parse_methods, single_view
@@ -564,17 +573,28 @@ class Fuser:
             _place_targets(packed, _answer_views(job), targets)
             for packed, job, targets in zip(layouts, jobs, groups, strict=True)
         ]
-        hidden = [None] * len(jobs)
+        outputs: Sequence[Tensor | None] = [None] * len(jobs)
+        has_logits = is_short(rows)
         if any(rows):
             session.set_tables([packed.sees for packed in layouts])
-            hidden = self.executor.prefill(session, rows)
-        for job, targets, states in zip(jobs, groups, hidden, strict=False):
-            self._read_scores(job, targets, states)
+            run = self.executor.decode if has_logits else self.executor.prefill
+            outputs = run(session, rows).unbind()
+        for job, targets, output in zip(jobs, groups, outputs, strict=False):
+            self._read_scores(job, targets, output, has_logits=has_logits)
 
     def _read_scores(
-        self, job: Job, targets: Sequence[tuple[int, ...]], hidden: Tensor | None
+        self,
+        job: Job,
+        targets: Sequence[tuple[int, ...]],
+        output: Tensor | None,
+        *,
+        has_logits: bool,
     ) -> None:
-        """Score targets by hidden states float[n, C], in the order of `_place_targets`."""
+        """Score targets by what came of the tokens that `_place_targets` gives, in its order.
+
+        output: logits f32[n, V], or hidden states float[n, C], which become logits one target at
+                a time; None where no token was run
+        """
         views = _answer_views(job)
         first_logits = torch.stack([job.view_logits[view.suffix] for view in views])
         start = 0
@@ -582,9 +602,10 @@ class Fuser:
             logits = first_logits[:, None]
             if len(target) > 1:
                 end = start + len(views) * (len(target) - 1)
-                forced_logits = self.executor.unembed(hidden[start:end])
-                forced_logits = forced_logits.view(len(views), len(target) - 1, -1)
-                logits = torch.cat((logits, forced_logits), dim=1)
+                forced = (
+                    output[start:end] if has_logits else self.executor.unembed(output[start:end])
+                )
+                logits = torch.cat((logits, forced.view(len(views), len(target) - 1, -1)), dim=1)
                 start = end
             index = torch.tensor(target, device=logits.device)[:, None]
             for answer in job.answers:

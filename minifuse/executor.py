@@ -230,8 +230,7 @@ class Executor:
         returns: f32[len(wanted), V]
         """
         row_index, token_index = (list(index) for index in zip(*wanted, strict=True))
-        length = max(map(len, rows))
-        if len(split_decode(length)) <= MAX_DECODE_CALLS:
+        if is_short(rows):
             return self.decode(session, rows)[row_index, token_index]
         return self.unembed(self.prefill(session, rows)[row_index, token_index])
 
@@ -325,6 +324,11 @@ def _keep_guards(entries: Sequence) -> list[bool]:
 def count_compiled_graphs() -> int:
     """Graphs that Dynamo has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def is_short(rows: Sequence[Sequence[Token]]) -> bool:
+    """Whether the decode graph takes the tokens in a few calls."""
+    return len(split_decode(max(map(len, rows)))) <= MAX_DECODE_CALLS
 
 
 def split_prefill(length: int) -> list[int]:

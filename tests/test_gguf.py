@@ -657,7 +657,8 @@ def test_conversion_leaves_the_folder_of_a_quicker_process(tmp_path):
 def default_gguf():
     """The default model's GGUF as the loader keeps it."""
     from minifuse.cards import DEFAULT_CARD, find_card
-    from minifuse.loader import cache_dir, resolve_model
+    from minifuse.loader import resolve_model
+    from minifuse.wheels import cache_dir
 
     resolve_model()
     source = find_card(DEFAULT_CARD).source

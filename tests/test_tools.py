@@ -336,7 +336,7 @@ def test_default_model_converts_checks_and_opens(tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from minifuse.cards import DEFAULT_CARD, find_card
-    from minifuse.loader import cache_dir
+    from minifuse.wheels import cache_dir
 
     load_model()
     card = find_card(DEFAULT_CARD).source
