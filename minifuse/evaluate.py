@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minifuse.command import Parser, run_command
+from minifuse.command import Parser, add_model_flags, load_fuser, run_command
 from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig
 from minifuse.errors import UsageError
+from minifuse.evaluation.flags import add_dataset_flags, read_dataset
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _FUSION = FusionConfig()
 MAX_NEW_TOKENS = 16
-SHOWN_ROWS = 5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add(
         "--dataset",
         required=True,
@@ -54,19 +55,13 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="webqa, myriadlama, pararel, graphquestions; a JSONL, CSV or parquet file; or a data "
         "set of the hub, hf:ORG/NAME[:config][:split]",
     )
-    add("--data-dir", type=Path, metavar="DIR", help="where the data set's files lie")
-    add(
-        "--fields",
-        metavar="FIELD=COLUMN,...",
-        help="columns of a file: id, question, paraphrases, answers, relation (default: those)",
-    )
+    add_dataset_flags(group)
     add(
         "--paraphrase-file",
         type=Path,
         metavar="FILE.jsonl",
         help="of python -m minifuse.paraphrase",
     )
-    add("--skip-bad", action="store_true", help="count bad rows instead of stopping at them")
     add("--limit", type=int, metavar="N", help="evaluate a seeded choice of so many items")
 
 
@@ -93,12 +88,10 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--methods", "--method", default="all", metavar="NAME[,NAME...]|all", help="default: all")
-    add("--model", metavar="NAME|DIR|HUB_ID|FILE.gguf", help="default: the default model")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
-    add("--device", default="auto", help="default: %(default)s")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="default: --compile")
+    add_model_flags(group)
     add(
         "--positions",
         choices=POSITION_SCHEMES,
@@ -168,18 +161,22 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     if args.system is not None and not args.chat:
         raise UsageError("--system is for a chat template; wanted --chat beside it")
     from minifuse.evaluation.extras import import_extra
+    from minifuse.evaluation.prompts import paraphrases_needed
 
     for package in ("pandas", "pyarrow", "scipy", "matplotlib"):
         import_extra(package)  # what is missing shows before the work, not after it
-    dataset = _load(args, max(counts))
+    dataset = read_dataset(
+        args,
+        paraphrase_file=args.paraphrase_file,
+        min_paraphrases=paraphrases_needed(args.choice, max(counts)),
+    )
     template, builder, items, shot_ids = _prepare(args, dataset)
     weights = _read_weights(args, items)
 
-    import minifuse
     from minifuse.evaluation.records import RunFolder
     from minifuse.evaluation.runner import RunPlan, run_items
 
-    fuser = minifuse.load(args.model, dtype=args.dtype, device=args.device, compile=args.compile)
+    fuser = load_fuser(args)
     options = {
         "positions": args.positions,
         "beta": args.beta,
@@ -232,26 +229,6 @@ def _read_counts(args: argparse.Namespace) -> tuple[int, ...]:
     if min(counts) < 1:
         raise UsageError(f"{min(counts)} paraphrases were asked for; wanted at least 1")
     return counts
-
-
-def _load(args: argparse.Namespace, most: int) -> "Dataset":
-    from minifuse.evaluation.datasets import load_dataset, parse_fields
-    from minifuse.evaluation.prompts import paraphrases_needed
-
-    dataset = load_dataset(
-        args.dataset,
-        data_dir=args.data_dir,
-        fields=parse_fields(args.fields) if args.fields else None,
-        paraphrase_file=args.paraphrase_file,
-        skip_bad=args.skip_bad,
-        min_paraphrases=paraphrases_needed(args.choice, most),
-    )
-    skipped = [f"skipped: {message}" for message in dataset.skipped]
-    if len(skipped) > SHOWN_ROWS:
-        skipped[SHOWN_ROWS:] = [f"skipped: {len(skipped) - SHOWN_ROWS} more rows"]
-    for line in (*dataset.notes, *skipped):
-        print(line, file=sys.stderr)
-    return dataset
 
 
 def _prepare(args: argparse.Namespace, dataset: "Dataset") -> tuple:
