@@ -176,6 +176,10 @@ class TestParaphraseFiles:
         assert data.items[0].paraphrases == ("1?", "one?", "eins?")
         assert data.items[1].paraphrases == ("2?",)
 
+    def test_a_question_that_none_was_found_for_keeps_itself(self, tmp_path):
+        data = self.load(tmp_path, [{"id": 1, "question": "1?", "paraphrases": []}])
+        assert data.items[0].paraphrases == ("1?",)
+
     def test_the_hash_covers_them(self, tmp_path):
         first = {"id": 1, "question": "1?", "paraphrases": ["one?"]}
         hashes = {
