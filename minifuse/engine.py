@@ -24,6 +24,7 @@ from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import (
     LABEL_COUNTS,
     MIN_SLOTS,
+    Copy,
     Executor,
     Session,
     Size,
@@ -362,7 +363,7 @@ class Fuser:
     def _make_moves(self, session: Session, jobs: Sequence[Job]) -> None:
         rows = [
             [
-                (source, target, move.turn, move.target.label)
+                Copy(source, target, move.turn, move.target.label)
                 for move in job.packed.take_moves()
                 for source, target in zip(move.source.slots, move.target.slots, strict=True)
             ]
@@ -474,7 +475,7 @@ class Fuser:
             job.states[answer] = AnswerState(
                 answer=answer,
                 views=views,
-                streams=tuple(map(job.packed.stream, views)),
+                lines=job.start_lines(views),
                 builder=TextBuilder(
                     self.model.tokenizer.stream(),
                     config.stop,
@@ -482,7 +483,6 @@ class Fuser:
                     config.max_new_tokens,
                 ),
                 generator=generator,
-                slots=[[] for _ in views],
             )
 
     def _first_tokens(self, jobs: Sequence[Job]) -> list[StreamEvent]:
@@ -495,15 +495,20 @@ class Fuser:
 
     def _step(self, session: Session, jobs: Sequence[Job]) -> list[StreamEvent]:
         """One forward over all live streams; every answer gets its next token."""
-        logits = self.executor.decode(session, [job.next_tokens() for job in jobs])
-        events = []
-        for job, row_logits in zip(jobs, logits, strict=False):
-            start = 0
-            for state in job.live:
-                end = start + len(state.streams)
-                events += _extend(job, state, row_logits[start:end])
-                start = end
-        return events
+        num_labels = [job.packed.num_labels for job in jobs]
+        steps = [job.next_step() for job in jobs]
+        if num_labels != [job.packed.num_labels for job in jobs]:  # some answers part
+            session.set_tables([job.packed.sees for job in jobs])
+        copies = [row_copies for _, row_copies in steps]
+        if any(copies):
+            self.executor.move(session, copies)
+        logits = self.executor.decode(session, [tokens for tokens, _ in steps])
+        return [
+            event
+            for job, row_logits in zip(jobs, logits, strict=False)
+            for state in job.live
+            for event in _extend(job, state, row_logits[state.rows])
+        ]
 
     # Results
 

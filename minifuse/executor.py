@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FunctionType
 from typing import NamedTuple
 
@@ -23,15 +24,17 @@ from minifuse.model import AttentionMask, AttentionRule, LayerMasks, Params, for
 from minifuse.rope import make_inv_freq
 
 PREFILL_SIZES = (128, 512)
+# Several rows make up for shorter calls, and so pad less.
+BATCH_PREFILL_SIZES = (32, 256)
 DECODE_SIZES = (1, 8, 32)
-# Up to here single steps cost no more than one larger step: a row alone reads weights fastest.
-MAX_SINGLE_STEPS = 3
 LABEL_COUNTS = (256, 1024)
 MIN_SLOTS = 1024
-# What a call costs beside its tokens, in tokens of prefill: two chunks of 128 beat one of 512.
-CALL_COST = 40
-# Short passes go through the decode graph in at most this many calls: one graph less to compile.
-MAX_DECODE_CALLS = 4
+# What a call costs beside its tokens, in tokens; and the cost of a call of one token, which reads
+# weights faster than any other.
+CALL_COST = 14
+SINGLE_COST = 6
+# Up to so many tokens go through the decode graph: one graph less to compile.
+MAX_DECODE_TOKENS = 128
 # Inductor inlines a norm into the matrix product behind it, and computes it anew for every output
 # row, unless an expression of this many operations gets a buffer of its own (default: 50).
 # The asserts check the shapes of all weights again in every layer of every step.
@@ -48,6 +51,15 @@ class Token(NamedTuple):
 
 
 PADDING = Token(0, 0, 0, 0)
+
+
+class Copy(NamedTuple):
+    """A key and value to copy to another slot: the key rotated on, and what label it gets."""
+
+    source: int
+    target: int
+    turn: int
+    label: int
 
 
 class Inputs(NamedTuple):
@@ -213,13 +225,12 @@ class Executor:
 
     def prefill(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
         """Run tokens, any number of them; hidden states float[B, n, C] of the longest row's n."""
-        length = max(map(len, rows))
-        return self._run_chunks("prefill", session, rows, split_prefill(length))[:, :length]
+        sizes = PREFILL_SIZES if session.size.rows == 1 else BATCH_PREFILL_SIZES
+        return self._run_chunks("prefill", session, rows, sizes)
 
     def decode(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
         """Run a few tokens through the decode graph; logits f32[B, n, V]."""
-        length = max(map(len, rows))
-        return self._run_chunks("decode", session, rows, split_decode(length))[:, :length]
+        return self._run_chunks("decode", session, rows, DECODE_SIZES)
 
     def read(
         self, session: Session, rows: Sequence[Sequence[Token]], wanted: Sequence[tuple[int, int]]
@@ -235,14 +246,12 @@ class Executor:
         return self.unembed(self.prefill(session, rows)[row_index, token_index])
 
     @torch.inference_mode()
-    def move(self, session: Session, rows: Sequence[Sequence[tuple[int, int, int, int]]]) -> None:
-        """Copy keys to other slots, rotated on.
-
-        rows: per row of the batch (source slot, target slot, positions to move by, new label)
-        """
+    def move(self, session: Session, rows: Sequence[Sequence[Copy]]) -> None:
+        """Copy keys to other slots, rotated on."""
         length = max(map(len, rows))
-        filled = [[*row, *[(0, 0, 0, 0)] * (length - len(row))] for row in rows]
-        filled += [[(0, 0, 0, 0)] * length] * (session.size.rows - len(rows))
+        padding = Copy(0, 0, 0, 0)
+        filled = [[*row, *[padding] * (length - len(row))] for row in rows]
+        filled += [[padding] * length] * (session.size.rows - len(rows))
         source, target, turns, labels = torch.tensor(filled, device=self.device).movedim(-1, 0)
         key_labels, key_positions, inv_freq, *_ = session.context
         key_labels.scatter_(1, target, labels.int())
@@ -260,8 +269,10 @@ class Executor:
         kind: str,
         session: Session,
         rows: Sequence[Sequence[Token]],
-        sizes: Sequence[int],
+        graph_sizes: tuple[int, ...],
     ) -> Tensor:
+        length = max(map(len, rows))
+        sizes = plan_calls(length, session.size.rows, graph_sizes)
         padded = sum(sizes)
         filled = [[*row, *[PADDING] * (padded - len(row))] for row in rows]
         filled += [[PADDING] * padded] * (session.size.rows - len(rows))
@@ -274,7 +285,7 @@ class Executor:
             # Contiguous and compact: a graph is compiled for one stride pattern.
             chunk = Inputs(*(part.clone(memory_format=torch.contiguous_format) for part in chunk))
             outputs.append(self._run(kind, session, chunk))
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1)[:, :length]
 
     def _run(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
         key = (kind, inputs.token_ids.shape[1], session.size)
@@ -327,31 +338,30 @@ def count_compiled_graphs() -> int:
 
 
 def is_short(rows: Sequence[Sequence[Token]]) -> bool:
-    """Whether the decode graph takes the tokens in a few calls."""
-    return len(split_decode(max(map(len, rows)))) <= MAX_DECODE_CALLS
+    """Whether the decode graph is to take the tokens."""
+    return max(map(len, rows)) <= MAX_DECODE_TOKENS
 
 
-def split_prefill(length: int) -> list[int]:
-    """Chunk sizes for `length` tokens, at the least cost in tokens and calls."""
-    small, large = PREFILL_SIZES
-    chunks, rest = divmod(length, large)
-    sizes = [large] * chunks
-    if rest:
-        count = -(-rest // small)
-        fits_small = count * (small + CALL_COST) < large + CALL_COST
-        sizes += [small] * count if fits_small else [large]
-    return sizes
+@lru_cache(maxsize=4096)
+def plan_calls(length: int, rows: int, graph_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the calls that take `length` tokens of each row, at the least cost.
+
+    graph_sizes: what is compiled, ascending; the largest is taken while much is left
+    """
+    if length <= 0:
+        return ()
+    largest = graph_sizes[-1]
+    if length > 2 * largest:
+        whole = length // largest - 1
+        return (largest,) * whole + plan_calls(length - whole * largest, rows, graph_sizes)
+    plans = [
+        (size, *plan_calls(length - size, rows, graph_sizes)) for size in reversed(graph_sizes)
+    ]
+    return min(plans, key=lambda plan: sum(_cost_of_call(size * rows) for size in plan))
 
 
-def split_decode(length: int) -> list[int]:
-    """Chunk sizes for `length` tokens: single steps for a few, else the largest that are full."""
-    if length <= MAX_SINGLE_STEPS:
-        return [1] * length
-    chunks, rest = divmod(length, DECODE_SIZES[-1])
-    sizes = [DECODE_SIZES[-1]] * chunks
-    if rest:
-        sizes.append(next(size for size in DECODE_SIZES if size >= rest))
-    return sizes
+def _cost_of_call(num_tokens: int) -> int:
+    return SINGLE_COST if num_tokens == 1 else CALL_COST + num_tokens
 
 
 def round_up(value: int, choices: Sequence[int]) -> int:

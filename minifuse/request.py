@@ -15,7 +15,7 @@ from torch import Tensor
 from minifuse.chat import ChatFrame, encode_head, encode_tail
 from minifuse.config import ChatConfig, FusionConfig, GenerationConfig
 from minifuse.errors import UsageError
-from minifuse.executor import Token
+from minifuse.executor import Copy, Token
 from minifuse.layout import Encoding, PackedPrompt, Part, Prompt, Span, Stream, View
 from minifuse.methods import (
     SPECS,
@@ -160,19 +160,31 @@ def make_frame(tokenizer: Tokenizer, chat: ChatFrame | None) -> Frame:
     )
 
 
+@dataclass(eq=False)
+class Line:
+    """A stream's keys: the slots of the generated tokens that were run through the model.
+
+    Answers share a line as long as they have the same view and the same tokens.
+    """
+
+    stream: Stream
+    slots: list[int] = field(default_factory=list)
+
+
 @dataclass
 class AnswerState:
     """An answer while it is generated.
 
-    slots: per stream, the slots of the answer's tokens that were run through the model
+    lines: one for each view
+    rows:  of `lines`, where their logits are among those of the step that is running
     """
 
     answer: Answer
     views: tuple[View, ...]
-    streams: tuple[Stream, ...]
+    lines: list[Line]
     builder: TextBuilder
     generator: torch.Generator | None
-    slots: list[list[int]]
+    rows: list[int] = field(default_factory=list)
 
     @property
     def is_live(self) -> bool:
@@ -186,11 +198,13 @@ class AnswerState:
         for number, view in enumerate(self.views):
             entries.append(_entry_of(view.suffix, number if several else None))
         token_ids = tuple(self.builder.token_ids)
-        for number, (stream, slots) in enumerate(zip(self.streams, self.slots, strict=True)):
-            start = stream.first_position
+        for number, line in enumerate(self.lines):
+            start = line.stream.first_position
             positions = (start, start + len(token_ids))
             index = number if several else None
-            entries.append(LayoutEntry(Part.ANSWER, index, tuple(slots), positions, token_ids))
+            # The last token was not run; what others who share the line went on with is theirs.
+            slots = tuple(line.slots[: max(0, len(token_ids) - 1)])
+            entries.append(LayoutEntry(Part.ANSWER, index, slots, positions, token_ids))
         return tuple(entries)
 
 
@@ -226,6 +240,7 @@ class Job:
     consumers: dict[FusionMethod, tuple[Answer, ...]] = field(default_factory=dict)
     states: dict[Answer, AnswerState] = field(default_factory=dict)
     scores: dict[Answer, list[float]] = field(default_factory=dict)
+    lines: dict[View, Line] = field(default_factory=dict)
 
     @property
     def num_segments(self) -> int:
@@ -300,17 +315,47 @@ class Job:
     def view(self, request: ViewRequest) -> View:
         return self.packed.view(request.encoding, request.indices, request.biases)
 
-    def next_tokens(self) -> list[Token]:
-        """The last token of every live answer, once for each of its streams; takes their slots."""
-        tokens = []
+    def start_lines(self, views: Iterable[View]) -> list[Line]:
+        """A line for each view, shared with all answers that start from it."""
+        for view in views:
+            if view not in self.lines:
+                self.lines[view] = Line(self.packed.stream(view))
+        return [self.lines[view] for view in views]
+
+    def next_step(self) -> tuple[list[Token], list[Copy]]:
+        """The last token of every live answer, once for each distinct line; takes their slots.
+
+        Of answers that share a line and now part, the first keeps it. The others go on with
+        copies of its keys, which have to be made before the tokens are run.
+        """
+        tokens: list[Token] = []
+        copies: list[Copy] = []
+        placed: dict[tuple[Line, int], tuple[Line, int]] = {}
+        taken: set[Line] = set()
         for state in self.live:
-            token_ids = state.builder.token_ids
-            slots = self.packed.take_slots(len(state.streams))
-            for stream, slot, used in zip(state.streams, slots, state.slots, strict=True):
-                position = stream.first_position + len(token_ids) - 1
-                tokens.append(Token(token_ids[-1], position, slot, stream.label))
-                used.append(slot)
-        return tokens
+            token_id, count = state.builder.token_ids[-1], len(state.builder.token_ids)
+            state.rows = []
+            for number, shared in enumerate(state.lines):
+                if (shared, token_id) not in placed:
+                    line = shared
+                    if shared in taken:
+                        line = self._fork(shared, count - 1, copies)
+                    taken.add(line)
+                    placed[shared, token_id] = line, len(tokens)
+                    (slot,) = self.packed.take_slots(1)
+                    line.slots.append(slot)
+                    position = line.stream.first_position + count - 1
+                    tokens.append(Token(token_id, position, slot, line.stream.label))
+                state.lines[number], row = placed[shared, token_id]
+                state.rows.append(row)
+        return tokens, copies
+
+    def _fork(self, line: Line, length: int, copies: list[Copy]) -> Line:
+        """A line of its own that begins with copies of the first `length` keys of another."""
+        fork = Line(self.packed.stream(line.stream.view), list(self.packed.take_slots(length)))
+        for source, target in zip(line.slots[:length], fork.slots, strict=True):
+            copies.append(Copy(source, target, 0, fork.stream.label))
+        return fork
 
     def measure(self, max_positions: int) -> None:
         """Find the extent by laying out a copy to the end; nothing is computed.

@@ -675,6 +675,34 @@ def make_batch(count: int) -> list[dict]:
     return batch
 
 
+@pytest.mark.parametrize("temperature", [0, 0.1])
+def test_answers_share_what_they_have_in_common(fuser, monkeypatch, temperature):
+    """A step runs one token for every view and different beginning of an answer, no more."""
+    rows = []
+    decode = fuser.executor.decode
+    monkeypatch.setattr(
+        fuser.executor, "decode", lambda session, r: rows.append(len(r[0])) or decode(session, r)
+    )
+    names = ["per_prompt", "logit_avg", "prob_avg", "prob_max", "weighted_avg"]
+    results = fuser.generate(**REQUEST, methods=names, max_new_tokens=8, temperature=temperature)
+    everyone = range(len(SEGMENTS))
+    answers = [([g.paraphrase_index], g.token_ids) for g in results["per_prompt"]]
+    answers += [(everyone, results[name].token_ids) for name in names[1:]]
+    # One call for the suffixes, then one for each token that is fed back.
+    wanted = [len(SEGMENTS) * len(make_case(fuser, **REQUEST).suffix_ids)]
+    for length in range(1, 8):
+        live = [(views, ids[:length]) for views, ids in answers if len(ids) > length]
+        wanted.append(len({(view, ids) for views, ids in live for view in views}))
+    assert rows == wanted
+    unshared = len(SEGMENTS) * len(names)
+    assert rows[1] < unshared, "nothing was shared"
+    assert len(set(rows[1:])) > 1, "no answers parted"
+    for generation in flat(results):
+        for entry in generation.layout:
+            if entry.part == "answer":
+                assert len(entry.slots) == len(set(entry.slots)) == len(entry.token_ids) - 1
+
+
 @pytest.mark.parametrize("positions", ["aligned", "restart"])
 def test_promise_6_batched_is_alone(folder, fuser, positions):
     batch = make_batch(7)
