@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minifuse.command import Parser, add_model_flags, load_fuser, run_command
+from minifuse.command import Parser, load_fuser, run_command
 from minifuse.evaluation.batches import write_file
 from minifuse.evaluation.confidences import (
     ConfidenceOptions,
@@ -25,6 +25,8 @@ from minifuse.evaluation.confidences import (
 from minifuse.evaluation.flags import (
     DATASET_METAVAR,
     add_dataset_flags,
+    add_file_flags,
+    add_sampling_flags,
     check_count,
     read_dataset,
 )
@@ -50,6 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--paraphrase-file", type=Path, metavar="FILE.jsonl", help="paraphrases by item id")
     add("--template", type=Path, metavar="FILE.toml", help="prompts (default: the data set's own)")
+    add(
+        "--paraphrases",
+        type=int,
+        default=5,
+        metavar="N",
+        help="leave out what evaluation leaves out under the same --paraphrases (of --sweep the "
+        "largest) and --choice; all paraphrases of the other items are measured (default: "
+        "%(default)s)",
+    )
+    add("--choice", default="first", metavar="HOW", help="default: %(default)s")
     add("--shots", type=int, default=5, help="few-shot examples (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="N items alone, drawn as evaluation draws them")
     add = parser.add_argument_group("samples").add_argument
@@ -59,33 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=_DEFAULTS.samples,
         help="per paraphrase (default: %(default)s)",
     )
-    add("--temperature", type=float, default=_DEFAULTS.temperature, help="default: %(default)g")
-    add("--top-p", type=float, default=_DEFAULTS.top_p, help="default: %(default)g")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=_DEFAULTS.max_new_tokens,
-        help="default: %(default)s",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=_DEFAULTS.seed,
-        help="draws examples and samples (default: %(default)s)",
-    )
-    group = parser.add_argument_group("run")
-    add_model_flags(group)
-    group.add_argument(
-        "--batch-size", type=int, default=8, help="items at once (default: %(default)s)"
-    )
-    group.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE.jsonl",
-        help="append items there as they are finished; the same call again goes on where it "
-        "stopped (its options are kept in FILE.jsonl.run.json)",
-    )
+    add_sampling_flags(add, _DEFAULTS, "draws examples and samples (default: %(default)s)")
+    add_file_flags(parser.add_argument_group("run"), "items")
     return parser
 
 
@@ -98,18 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    template = _read_template(args)
     options = ConfidenceOptions(
         samples=args.samples,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        stop=_read_template(args).stop,
+        stop=template.stop,
     )
     check_count("--shots", args.shots, 0)
     check_count("--limit", args.limit)
     check_count("--batch-size", args.batch_size)
-    prompts, wanted = _read_prompts(args)
+    prompts, wanted = _read_prompts(args, template)
     record = {
         "command": "confidence",
         "model": args.model,
@@ -140,17 +128,31 @@ def _run(args: argparse.Namespace) -> None:
     )
 
 
-def _read_prompts(args: argparse.Namespace) -> tuple[list[ConfidencePrompt], list[str]]:
+def _read_prompts(
+    args: argparse.Namespace, template: "PromptTemplate"
+) -> tuple[list[ConfidencePrompt], list[str]]:
     """The plain prompts that evaluation asks too, and the ids that are wanted now.
 
-    Shots and items are drawn as evaluation draws them under the same seed.
+    Shots and items are drawn as evaluation draws them under the same seed: which items have too few
+    paraphrases settles what can be drawn.
     """
-    from minifuse.evaluation.prompts import PromptBuilder, choose_items, choose_shots
+    from minifuse.evaluation.prompts import (
+        PromptBuilder,
+        choose_items,
+        choose_shots,
+        kinds_needed,
+        paraphrases_needed,
+    )
 
-    dataset = read_dataset(args, paraphrase_file=args.paraphrase_file, min_paraphrases=1)
+    dataset = read_dataset(
+        args,
+        paraphrase_file=args.paraphrase_file,
+        min_paraphrases=paraphrases_needed(args.choice, args.paraphrases),
+        min_kinds=kinds_needed(args.choice),
+    )
     shots, left_out = choose_shots(dataset, args.shots, args.seed)
     items = [item for item in dataset.items if item.id not in left_out]
-    builder = PromptBuilder(_read_template(args), tuple(shots))
+    builder = PromptBuilder(template, tuple(shots))
     prompts = []
     for item in items:
         prompt = builder.build(item, item.paraphrases)

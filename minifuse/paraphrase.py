@@ -12,12 +12,14 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minifuse.command import Parser, add_model_flags, load_fuser, run_command
+from minifuse.command import Parser, load_fuser, run_command
 from minifuse.errors import UsageError
 from minifuse.evaluation.batches import write_file
 from minifuse.evaluation.flags import (
     DATASET_METAVAR,
     add_dataset_flags,
+    add_file_flags,
+    add_sampling_flags,
     check_count,
     read_dataset,
 )
@@ -77,33 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.toml",
         help="few-shot prompts instead of minifuse/evaluation/exemplars.toml",
     )
-    add(
-        "--temperature",
-        type=float,
-        default=_DEFAULTS.temperature,
-        help="default: %(default)g",
-    )
-    add("--top-p", type=float, default=_DEFAULTS.top_p, help="default: %(default)g")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=_DEFAULTS.max_new_tokens,
-        help="default: %(default)s",
-    )
-    add("--seed", type=int, default=_DEFAULTS.seed, help="default: %(default)s")
-    group = parser.add_argument_group("run")
-    add_model_flags(group)
-    group.add_argument(
-        "--batch-size", type=int, default=8, help="questions at once (default: %(default)s)"
-    )
-    group.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE.jsonl",
-        help="append questions there as they are finished; the same call again goes on where it "
-        "stopped (its options are kept in FILE.jsonl.run.json)",
-    )
+    add_sampling_flags(add, _DEFAULTS, "default: %(default)s")
+    add_file_flags(parser.add_argument_group("run"), "questions")
     return parser
 
 

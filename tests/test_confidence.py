@@ -3,12 +3,15 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from json_lines import assert_one_error, read_lines, write_lines
 from killing import kill_at_random, size_of
 
 import minifuse
+from minifuse import evaluate
 from minifuse.confidence import build_parser, main
 from minifuse.errors import UsageError
 from minifuse.evaluation.batches import derive_seed
@@ -16,11 +19,13 @@ from minifuse.evaluation.confidences import (
     ConfidenceOptions,
     ConfidencePrompt,
     Tally,
+    _samples_at_once,
     agreement,
     measure_confidences,
     read_weights,
     weights_of,
 )
+from minifuse.executor import DECODE_SIZES
 
 TEMPLATE = """
 instruction = "Answer.\\n"
@@ -29,18 +34,6 @@ segment = "Q: {question}\\n"
 suffix = "A:"
 stop = ["\\n", "e"]
 """
-
-
-def write_lines(path: Path, lines) -> Path:
-    text = "".join(line if isinstance(line, str) else f"{json.dumps(line)}\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    content = path.read_text(encoding="utf-8")
-    assert content.endswith("\n") or not content
-    return [json.loads(line) for line in content.split("\n")[:-1]]
 
 
 def make_rows(count: int) -> list[dict]:
@@ -70,7 +63,7 @@ def template(tmp_path) -> Path:
 
 
 OWN = ("--shots", "2", "--samples", "3", "--max-new-tokens", "4", "--batch-size", "2")
-OWN = (*OWN, "--temperature", "0.2")
+OWN = (*OWN, "--temperature", "0.2", "--paraphrases", "1")
 
 
 @pytest.fixture
@@ -190,6 +183,62 @@ def test_many_samples_go_in_several_calls(tiny_llama_folder):
     assert any(texts[:2] != texts[2:4] for texts in wide.samples)
 
 
+@pytest.mark.parametrize(
+    ("samples", "num_segments", "calls"),
+    [(10, 1, 1), (10, 5, 2), (10, 8, 3), (10, 20, 10), (10, 99, 10), (7, 16, 4), (1, 99, 1)],
+)
+def test_samples_are_spread_evenly_over_calls_of_one_decode_graph(samples, num_segments, calls):
+    at_once = _samples_at_once(samples, num_segments)
+    assert -(-samples // at_once) == calls
+    assert at_once * num_segments <= max(DECODE_SIZES[-1], num_segments)
+
+
+def test_a_short_last_group_takes_no_size_of_its_own(tiny_llama_folder, monkeypatch):
+    """Every size is a set of graphs to compile; the answers are what each item has alone."""
+    fuser = minifuse.load(tiny_llama_folder, compile=False)
+    texts = [tuple(f"{n} Q{i}\n" for i in range(5)) for n in range(11)]
+    prompts = [ConfidencePrompt(str(n), "Do.\n", texts[n], "A:") for n in range(11)]
+    options = ConfidenceOptions(samples=10, max_new_tokens=3)
+    sizes = set()
+    make_session = fuser.executor.session
+
+    def note(size, *args):
+        sizes.add((size.rows, size.slots, size.labels))
+        return make_session(size, *args)
+
+    monkeypatch.setattr(fuser.executor, "session", note)
+    found = list(measure_confidences(fuser, prompts, options, batch_size=8))
+    # One for the groups, one for the single row that their prefix is computed in.
+    assert sizes == {(8, 1024, 256), (1, 1024, 256)}
+    monkeypatch.undo()
+    [alone] = measure_confidences(fuser, prompts[10:], options)
+    assert found[10] == alone
+
+
+def test_items_are_those_of_an_evaluation(confidence, tiny_llama_folder, data, template, tmp_path):
+    """Items with too few paraphrases count neither as items nor as shots, as in evaluation."""
+    rows = [
+        {**row, "paraphrases": [f"{row['question']} {n}" for n in range(1 + (number > 3))]}
+        for number, row in enumerate(make_rows(12))
+    ]
+    write_lines(data, rows)
+    output, run = tmp_path / "out.jsonl", tmp_path / "run"
+    shared = ("--paraphrases", "2", "--skip-bad", "--shots", "2", "--seed", "3")
+    status, _, error = confidence("--output", str(output), *shared)
+    assert status == 0
+    assert "bad rows that are left out: 4, the first " in error
+    own = ("--dataset", str(data), "--model", str(tiny_llama_folder), "--no-compile")
+    own = (*own, "--template", str(template), "--output", str(run), "--max-new-tokens", "2")
+    weights = ("--methods", "weighted_max", "--weights-from", str(output))
+    with warnings.catch_warnings(record=True):
+        assert evaluate.main([*own, *shared, *weights]) == 0
+    records = read_lines(run / "records.jsonl")
+    assert sorted(record["id"] for record in records) == sorted(
+        line["id"] for line in read_lines(output)
+    )
+    assert len(records) == 6
+
+
 def test_a_seed_repeats_a_run_and_another_does_not(tiny_llama_folder):
     fuser = minifuse.load(tiny_llama_folder, compile=False)
     prompts = [ConfidencePrompt(str(n), "", (f"Q: {n}\n", f"Say {n}\n"), "A:") for n in range(3)]
@@ -224,6 +273,8 @@ BAD_USAGE = [
     (["--dataset", "d", "--output", "o", "--batch-size", "0"], "--batch-size is 0"),
     (["--dataset", "d", "--output", "o", "--template", "/nowhere/t"], "/nowhere/t"),
     (["--dataset", "d", "--output", "o", "--seed", "x"], "invalid int value"),
+    (["--dataset", "d", "--output", "o", "--paraphrases", "0"], "0 paraphrases are asked for"),
+    (["--dataset", "d", "--output", "o", "--choice", "best"], "the choice of paraphrases is"),
 ]
 
 
@@ -232,9 +283,7 @@ def test_bad_usage_is_one_line_and_status_2(args, message, capsys):
     assert main(args) == 2
     output, error = capsys.readouterr()
     assert output == ""
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    assert_one_error(error, message)
 
 
 def test_more_shots_than_items_is_an_error(confidence, tmp_path):
@@ -303,8 +352,7 @@ def test_another_configuration_is_refused(confidence, data, template, tmp_path):
     def refused(message: str, *flags: str) -> None:
         status, _, error = confidence(*args, *flags)
         assert status == 2
-        assert message in error
-        assert error.count("\n") == 1
+        assert_one_error(error, message)
         assert output.read_bytes() == before
 
     for flags, message in CHANGES:
@@ -387,7 +435,8 @@ def test_weights_of_chosen_paraphrases(recwarn):
 BAD_WEIGHTS = [
     ("{", "not JSON"),
     ('{"confidences": [1]}', "id is None"),
-    ('{"id": "b"}', "confidences is None"),
+    ('{"id": "b"}', "confidences is null"),
+    pytest.param('{"id": "b", "confidences": [%s"x"]}' % ("1, " * 999), "1,...; wanted", id="long"),
     ('{"id": "b", "confidences": []}', "confidences is []"),
     ('{"id": "b", "confidences": [true]}', "confidences is [True]"),
     ('{"id": "b", "confidences": ["1"]}', "confidences is ['1']"),

@@ -70,6 +70,11 @@ def test_fields_map_columns(tmp_path):
     assert load_dataset(str(path), fields=fields).items == (Item("7", "q?", ("q?",), ("x",), "g"),)
 
 
+def test_relations_may_be_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "set.jsonl", [{**ROW, "relation": 7}])
+    assert load_dataset(str(path)).items[0].relation == "7"
+
+
 def test_rows_without_an_id_are_called_by_their_number(tmp_path):
     rows = [{"question": f"{n}?", "answers": ["x"]} for n in range(3)]
     rows[1]["answers"] = []
@@ -104,7 +109,8 @@ def test_field_maps_that_are_none(text):
         ({**ROW, "paraphrases": []}, "paraphrases is an empty list"),
         ({**ROW, "paraphrases": ["q?", " "]}, r"paraphrases\[1\] is ' ', which is empty"),
         ({"id": "a", "question": "q?", "answers": ["x"]}, "1 paraphrases of id 'a'"),
-        ({**ROW, "relation": 5}, "relation is 5; wanted a string"),
+        ({**ROW, "relation": 5.5}, "relation is 5.5; wanted a string or an integer"),
+        ({**ROW, "relation": True}, "relation is True; wanted a string or an integer"),
         ("[1]", "list; wanted a JSON object"),
         ('{"id": "a"', "not JSON"),
         ('{"id": "a", "question": NaN}', "question is nan; wanted a string"),
@@ -175,6 +181,16 @@ class TestParaphraseFiles:
         data = self.load(tmp_path, lines)
         assert data.items[0].paraphrases == ("1?", "one?", "eins?")
         assert data.items[1].paraphrases == ("2?",)
+        [note] = data.notes
+        assert note.startswith("1 of 2 lines in ")
+        assert note.endswith("paraphrases.jsonl are of no item here")
+
+    def test_a_file_for_another_set_is_refused(self, tmp_path):
+        lines = [{"id": id, "question": "1?", "paraphrases": ["one?"]} for id in ("test-0", "x")]
+        message = "2 of 2 lines in .* are of no item here, the first 'test-0'; wanted a paraphrase"
+        with pytest.raises(UsageError, match=message):
+            self.load(tmp_path, lines, skip_bad=True)
+        assert len(self.load(tmp_path, []).items) == 2
 
     def test_a_question_that_none_was_found_for_keeps_itself(self, tmp_path):
         data = self.load(tmp_path, [{"id": 1, "question": "1?", "paraphrases": []}])
@@ -412,3 +428,52 @@ def test_the_example_questions_are_whole():
             assert not any(re.search(rf"\b{re.escape(a)}\b", text) for a in item.answers), text
             assert 3 <= len(words) <= 20
     assert min(Counter(item.relation for item in data.items).values()) >= 2
+
+
+class TestKinds:
+    """Manual and automatic paraphrases, which the choice mixed:M+A draws from."""
+
+    def load(self, tmp_path, **options):
+        rows = [
+            {
+                **TEMPLATE_ROW,
+                "uuid": f"u{n}",
+                "template": f"[X] {place} [Y]",
+                "is_manual": is_manual,
+            }
+            for n, kinds in enumerate(((True, True, False), (True, True), (False, True, False)))
+            for place, is_manual in enumerate(kinds)
+        ]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        return load_dataset("myriadlama", data_dir=tmp_path, **options)
+
+    @pytest.mark.parametrize(
+        ("kinds", "ids"),
+        [
+            ((0, 0), "u0 u1 u2"),
+            ((2, 0), "u0 u1"),
+            ((1, 1), "u0 u2"),
+            ((2, 1), "u0"),
+            ((0, 2), "u2"),
+        ],
+    )
+    def test_items_with_too_few_of_a_kind_are_left_out(self, tmp_path, kinds, ids):
+        data = self.load(tmp_path, min_kinds=kinds)
+        assert [item.id for item in data.items] == ids.split()
+        left_out = 3 - len(data.items)
+        assert len(data.notes) == (left_out > 0)
+        assert all(note.startswith(f"{left_out} items are left out, with") for note in data.notes)
+
+    def test_none_left_is_an_error(self, tmp_path):
+        with pytest.raises(UsageError, match="no item to evaluate: 3 items are left out"):
+            self.load(tmp_path, min_kinds=(3, 3))
+
+    def test_sets_that_do_not_tell_kinds(self, tmp_path):
+        path = write_jsonl(tmp_path / "set.jsonl", [ROW])
+        with pytest.raises(UsageError, match=r"set\.jsonl does not tell manual from automatic"):
+            load_dataset(str(path), min_kinds=(1, 0))
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path):
+        (tmp_path / "rows.txt").write_text("")
+        with pytest.raises(UsageError, match=r"rows\.txt: wanted a file that ends in \.jsonl"):
+            load_dataset("myriadlama", data_dir=tmp_path / "rows.txt")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from json_lines import assert_one_error, read_lines, write_lines
 from killing import kill_at_random, size_of
 from tiny_files import make_model, make_tokenizer, tokenizers, write_hub_folder
 
@@ -43,18 +44,6 @@ pairs = [["Who is it?", "Which one is it?"]]
 name = "second"
 pairs = [["Where is it?", "In which place is it?"], ["What is it?", "Which thing is it?"]]
 """
-
-
-def write_lines(path: Path, lines) -> Path:
-    text = "".join(line if isinstance(line, str) else f"{json.dumps(line)}\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    content = path.read_text(encoding="utf-8")
-    assert content.endswith("\n") or not content
-    return [json.loads(line) for line in content.split("\n")[:-1]]
 
 
 def write_letters_folder(folder: Path) -> Path:
@@ -295,9 +284,7 @@ def test_bad_usage_is_one_line_and_status_2(args, message, capsys):
     assert main(args) == 2
     output, error = capsys.readouterr()
     assert output == ""
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    assert_one_error(error, message)
 
 
 BAD_LINES = [
@@ -482,8 +469,7 @@ def test_another_configuration_is_refused(paraphrase, questions, tmp_path):
     def refused(message: str, *flags: str) -> None:
         status, _, error = paraphrase(*args, *flags)
         assert status == 2
-        assert message in error
-        assert error.count("\n") == 1
+        assert_one_error(error, message)
         assert output.read_bytes() == before
 
     for flags, message in CHANGES:

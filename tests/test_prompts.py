@@ -24,6 +24,7 @@ from minifuse.evaluation.prompts import (
     choose_shots,
     continuation_of,
     find_template,
+    kinds_needed,
     paraphrases_needed,
     read_template,
 )
@@ -159,6 +160,8 @@ def test_templates_can_be_copied_and_edited(tmp_path):
     expected = PromptTemplate("Do.", "{question} {answer}", "{question}", "A:", ("\n",))
     assert read_template(path) == expected
     assert read_template(write_template(path, GOOD | {"stop": "[]"})).stop == ()
+    braces = "Write {} or {a: 1}."
+    assert read_template(write_template(path, GOOD | {"suffix": f"'{braces}'"})).suffix == braces
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,9 @@ def test_templates_can_be_copied_and_edited(tmp_path):
         ({"shot": '"{question} {anwser}"'}, r"shot is .*; wanted \{question\} and \{answer\}"),
         ({"segment": '"Q"'}, r"segment is 'Q'; wanted \{question\} in it"),
         ({"segment": '"{question} {answer}"'}, r"segment is .*; wanted \{question\} in it"),
+        ({"segment": '"{question} { question }"'}, r"segment has '\{ question \}'; wanted a name"),
+        ({"segment": '"{question} {question!r}"'}, r"segment has '\{question!r\}'; wanted a name"),
+        ({"instruction": '"{answer:>3}"'}, r"instruction has '\{answer:>3\}'; wanted a name"),
         ({"instruction": '"{question}"'}, "instruction is .*; wanted no placeholder"),
         ({"suffix": '"{answer}"'}, "suffix is .*; wanted no placeholder"),
         ({"suffix": "1"}, "suffix is 1; wanted a string"),
@@ -231,6 +237,7 @@ def test_mixed_sets_are_drawn_from_as_many_of_each_kind(manual, automatic, count
     everything = choose_paraphrases(item, manual + automatic, how, seed)
     assert len(set(everything)) == manual + automatic == paraphrases_needed(how, count)
     assert sum(item.is_manual[index] for index in everything) == manual
+    assert kinds_needed(how) == (manual, automatic)
     chosen = choose_paraphrases(item, count, how, seed)
     assert chosen == everything[:count]
     assert chosen == choose_paraphrases(replace(item, answers=("y",)), count, how, seed)
@@ -341,7 +348,8 @@ def test_questions_that_stand_twice_are_no_shots():
 def test_shots_with_paraphrases():
     data = Dataset("set", items_of("..."), SHOTS, "")
     assert choose_shots(data, 1, 0, min_paraphrases=3)[0] == [SHOTS[0]]
-    with pytest.raises(UsageError, match="set has 0 that can be"):
+    message = "set has 0 that can be, among the training side; .* and has 4 paraphrases, one for "
+    with pytest.raises(UsageError, match=message):
         choose_shots(data, 1, 0, min_paraphrases=4)
 
 

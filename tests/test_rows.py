@@ -57,7 +57,7 @@ def test_every_format_gives_the_same_values(tmp_path, suffix):
             "id": row.key("id"),
             "question": row.text("question"),
             "answers": list(row.texts("answers")),
-            "relation": row.optional_text("relation"),
+            "relation": row.optional_key("relation"),
         }
         for row in rows
     ]
@@ -111,6 +111,7 @@ def test_broken_rows_are_errors_or_counted(tmp_path, name, content, good, messag
     [
         ("a.csv", b"id,id\n1,2\n", "names 'id' twice"),
         ("a.csv", b"id,q\n1,\xff\n", "not UTF-8"),
+        ("a.txt", b"id,q\n1,x\n", r"wanted a file that ends in \.jsonl, \.csv, \.parquet"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.parquet", b"", "cannot be read as parquet"),
         ("a.parquet", b"PAR1" + b"\0" * 100 + b"\x10\0\0\0PAR1", "cannot (be )?read"),
@@ -123,6 +124,20 @@ def test_broken_files_are_errors_even_where_rows_may_be_skipped(tmp_path, name, 
         list(read_rows(path, Rejects(True), ("id", "q")))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_stand_twice_in_parquet(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["id", "id"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet: the header names 'id' twice"):
+        list(read_rows(tmp_path / "a.parquet", Rejects(True), ("id",)))
+
+
+def test_a_cell_may_hold_a_document(tmp_path):
+    """More than the csv module takes unasked."""
+    [row] = read_rows(write_rows(tmp_path / "a.csv", [{"x": "word " * 50000}]), Rejects(False), "x")
+    assert len(row.text("x")) == 250000
 
 
 def test_without_pyarrow_the_message_says_how_to_get_it(tmp_path, monkeypatch):
@@ -167,7 +182,7 @@ def row_of(tmp_path: Path, value: object):
         ("key", "", "which is empty"),
         ("flag", 1, "x is 1; wanted true or false"),
         ("flag", "True", "wanted true or false"),
-        ("optional_text", 5, "wanted a string"),
+        ("optional_key", 5.5, "wanted a string or an integer"),
     ],
 )
 def test_values_of_the_wrong_kind(tmp_path, kind, value, message):
@@ -179,6 +194,16 @@ def test_values_of_the_wrong_kind(tmp_path, kind, value, message):
 def test_a_missing_column_is_named_with_those_there(tmp_path):
     with pytest.raises(BadRow, match="line 1: there is no column 'y' but x"):
         row_of(tmp_path, "a").text("y")
+
+
+def test_names_of_columns_cannot_write_on_the_terminal(tmp_path):
+    path = write_rows(
+        tmp_path / "a.jsonl", [{"x\n\x1b[31m": 1, **{f"c{n}": 1 for n in range(999)}}]
+    )
+    with pytest.raises(BadRow) as caught:
+        next(read_rows(path, Rejects(False), ("x",))).text("y")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300 + len(str(path))
 
 
 def test_long_values_do_not_flood_the_message(tmp_path):

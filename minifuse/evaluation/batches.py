@@ -78,13 +78,19 @@ def groups_of(work: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield work[start : start + size]
 
 
-def answer_batch(fuser: "Fuser", requests: "Sequence[Request]", **options: Any) -> "list[Results]":
+def answer_batch(
+    fuser: "Fuser", requests: "Sequence[Request]", *, rows: int = 0, **options: Any
+) -> "list[Results]":
     """All requests at once; an error that one of them causes names its id.
 
+    rows:   fill the batch up to so many, by asking the first request again: a smaller batch would
+            have graphs of its own to compile
     raises: as `Fuser.generate_batch`
     """
+    filled = [*requests, *[requests[0]] * (rows - len(requests))]
     try:
-        return fuser.generate_batch(requests, batch_size=len(requests), **options)
+        results = fuser.generate_batch(filled, batch_size=len(filled), **options)
+        return results[: len(requests)]
     except MinifuseError as error:
         raise _name_request(fuser, requests, options, error) from None
 

@@ -14,6 +14,7 @@ from minifuse.config import GenerationConfig
 from minifuse.errors import UsageError
 from minifuse.evaluation.batches import answer_batch, derive_seed, groups_of
 from minifuse.evaluation.flags import check_count
+from minifuse.evaluation.rows import show_value
 from minifuse.jsonl import Unit, fingerprint, read_json_lines
 from minifuse.normalize import normalize_answer
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from minifuse.engine import Fuser
     from minifuse.results import Generation
 
-# A sampling call shows each paraphrase several times, one stream a sample. Copies of a segment, of
-# the suffix and streams have a label each, and the small tables have 256 of them.
-_STREAMS_AT_ONCE = 80
+# A sampling call shows each paraphrase several times, one stream a sample. This many streams fill
+# one call of the largest decode graph; more would take a second call a step, and a longer cache:
+# another size, for which all graphs are compiled anew.
+_STREAMS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -108,24 +110,25 @@ def measure_confidences(
     batch_size: items at once
     raises:     UsageError naming the item that the model has no room for
     """
+    rows = min(batch_size, len(prompts))
     for group in groups_of(prompts, batch_size):
         if all(prompt.id in done for prompt in group):
             continue
-        for found in _measure_group(fuser, group, options):
+        for found in _measure_group(fuser, group, options, rows):
             if found.id not in done:
                 yield found
 
 
 def _measure_group(
-    fuser: "Fuser", group: Sequence[ConfidencePrompt], options: ConfidenceOptions
+    fuser: "Fuser", group: Sequence[ConfidencePrompt], options: ConfidenceOptions, rows: int
 ) -> list[ItemConfidence]:
-    answers = _answer(fuser, group, options, copies=1, place=None)
+    answers = _answer(fuser, group, options, copies=1, place=None, rows=rows)
     largest = max(len(prompt.segments) for prompt in group)
-    at_once = max(1, min(options.samples, _STREAMS_AT_ONCE // largest))
+    at_once = _samples_at_once(options.samples, largest)
     samples: list[list[list[str]]] = [[[] for _ in prompt.segments] for prompt in group]
     for start in range(0, options.samples, at_once):
         copies = min(at_once, options.samples - start)
-        drawn = _answer(fuser, group, options, copies=copies, place=start)
+        drawn = _answer(fuser, group, options, copies=copies, place=start, rows=rows)
         for own, texts in zip(samples, drawn, strict=True):
             for index, text in enumerate(texts):
                 own[index % len(own)].append(text)
@@ -140,6 +143,12 @@ def _measure_group(
     ]
 
 
+def _samples_at_once(samples: int, num_segments: int) -> int:
+    """Samples of each paraphrase in a call: in few calls, and about as many in each."""
+    most = max(1, _STREAMS_AT_ONCE // num_segments)
+    return math.ceil(samples / math.ceil(samples / most))
+
+
 def _answer(
     fuser: "Fuser",
     group: Sequence[ConfidencePrompt],
@@ -147,10 +156,12 @@ def _answer(
     *,
     copies: int,
     place: int | None,
+    rows: int,
 ) -> list[list[str]]:
     """Each item's answers to its paraphrases, all of them `copies` times over.
 
     place: of the first sample; None for the greedy answers
+    rows:  of every call, so that one set of graphs serves all groups
     """
     from minifuse.request import Request
 
@@ -162,6 +173,7 @@ def _answer(
     results = answer_batch(
         fuser,
         requests,
+        rows=rows,
         methods=["per_prompt"],
         max_new_tokens=options.max_new_tokens,
         temperature=0.0 if is_greedy else options.temperature,
@@ -198,8 +210,8 @@ def read_weights(path: Path) -> dict[str, tuple[float, ...]]:
             raise UsageError(f"{where}: id {id!r} stands in an earlier line; ids must differ")
         if not isinstance(values, list) or not values or not all(map(_is_weight, values)):
             raise UsageError(
-                f"{where}: confidences is {values!r}; wanted a list of finite numbers of at least "
-                "0, not empty"
+                f"{where}: confidences is {show_value(values)}; wanted a list of finite numbers of "
+                "at least 0, not empty"
             )
         if not any(values):
             silent.append(id)

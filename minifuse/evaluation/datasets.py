@@ -93,6 +93,7 @@ class _Reading:
     rejects: Rejects
     fields: Mapping[str, str]
     min_paraphrases: int
+    min_kinds: tuple[int, int]
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -144,6 +145,7 @@ def load_dataset(
     paraphrase_file: Path | None = None,
     skip_bad: bool = False,
     min_paraphrases: int = 1,
+    min_kinds: tuple[int, int] = (0, 0),
 ) -> Dataset:
     """Read a data set whole.
 
@@ -156,17 +158,20 @@ def load_dataset(
     skip_bad:        leave bad rows out and note them
     min_paraphrases: what every item must have; where paraphrases belong to the set itself, items
                      with fewer are left out and counted in a note, elsewhere they are bad rows
+    min_kinds:       of these, manual and automatic ones
     raises: UsageError naming file and row; MinifuseError where the hub does not give the files
     """
     fields = dict(fields or {})
     _check_fields(fields)
-    reading = _Reading(Rejects(skip_bad), fields, min_paraphrases)
+    reading = _Reading(Rejects(skip_bad), fields, min_paraphrases, min_kinds)
     items, shots = _read(name, data_dir, reading)
     if paraphrase_file is not None:
         given = _read_paraphrases(paraphrase_file, reading)
+        _note_strangers(paraphrase_file, given, [*items, *shots], reading)
         items, shots = (_with_paraphrases(side, given, reading) for side in (items, shots))
     items, shots = _unique(items, reading), _unique(shots, reading)
     items = _with_enough(items, reading, is_own=name in _WITH_PARAPHRASES)
+    items = _with_kinds(name, items, reading)
     if not items:
         raise UsageError(_describe_nothing(name, reading))
     return Dataset(
@@ -227,7 +232,7 @@ def _read_table(paths: Iterable[Path], stem: str, reading: _Reading) -> list[_Fo
             question=question,
             paraphrases=paraphrases,
             answers=row.texts(column["answers"]),
-            relation=row.optional_text(column["relation"]) if has("relation") else None,
+            relation=row.optional_key(column["relation"]) if has("relation") else None,
         )
         found.append(_Found(row.where, item))
 
@@ -434,6 +439,25 @@ def _read_paraphrases(path: Path, reading: _Reading) -> dict[str, tuple[str, str
     return given
 
 
+def _note_strangers(
+    path: Path, given: Collection[str], found: Iterable[_Found], reading: _Reading
+) -> None:
+    """Say how many lines of a paraphrase file are of no item.
+
+    raises: UsageError where all are
+    """
+    ids = {one.item.id for one in found}
+    strangers = [id for id in given if id not in ids]
+    if not strangers:
+        return
+    problem = f"{len(strangers)} of {len(given)} lines in {path} are of no item here"
+    if len(strangers) == len(given):
+        raise UsageError(
+            f"{problem}, the first {strangers[0]!r}; wanted a paraphrase file of this data set"
+        )
+    reading.notes.append(problem)
+
+
 def _with_paraphrases(
     side: list[_Found],
     given: Mapping[str, tuple[str, str, tuple[str, ...]]],
@@ -495,6 +519,32 @@ def _with_enough(side: list[_Found], reading: _Reading, *, is_own: bool) -> list
         )
         listed = {relation: count for relation, count in few.items() if relation is not None}
         reading.notes.append(f"{note}: {_list_counts(listed)}" if listed else note)
+    return result
+
+
+def _with_kinds(name: str, side: list[_Found], reading: _Reading) -> list[_Found]:
+    """Those with the manual and automatic paraphrases that were asked for.
+
+    raises: UsageError where the set does not tell them apart
+    """
+    if not any(reading.min_kinds):
+        return side
+    manual, automatic = reading.min_kinds
+    result = []
+    for found in side:
+        kinds = found.item.is_manual
+        if kinds is None:
+            raise UsageError(
+                f"{name} does not tell manual from automatic paraphrases (item "
+                f"{found.item.id!r}); wanted a data set that does, as myriadlama, or another choice"
+            )
+        if sum(kinds) >= manual and len(kinds) - sum(kinds) >= automatic:
+            result.append(found)
+    if len(result) < len(side):
+        reading.notes.append(
+            f"{len(side) - len(result)} items are left out, with fewer than {manual} manual or "
+            f"{automatic} automatic paraphrases"
+        )
     return result
 
 

@@ -1,14 +1,18 @@
-"""Flags that the evaluation's commands share: which data set, and how it is read."""
+"""Flags that the evaluation's commands share: the data set, how texts are drawn, the output."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minifuse.command import add_model_flags
 from minifuse.errors import UsageError
 
 if TYPE_CHECKING:
+    from minifuse.evaluation.confidences import ConfidenceOptions
     from minifuse.evaluation.datasets import Dataset
+    from minifuse.evaluation.paraphrasing import ParaphraseOptions
 
 DATASET_METAVAR = "webqa|myriadlama|pararel|graphquestions|FILE|hf:ORG/NAME"
 
@@ -25,8 +29,45 @@ def add_dataset_flags(parser: argparse._ActionsContainer) -> None:
     add("--skip-bad", action="store_true", help="leave bad rows out and count them")
 
 
+def add_sampling_flags(
+    add: Callable[..., object], defaults: "ConfidenceOptions | ParaphraseOptions", seed_help: str
+) -> None:
+    """How texts are drawn; `add` is a parser's `add_argument`."""
+    add("--temperature", type=float, default=defaults.temperature, help="default: %(default)g")
+    add("--top-p", type=float, default=defaults.top_p, help="default: %(default)g")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        help="default: %(default)s",
+    )
+    add("--seed", type=int, default=defaults.seed, help=seed_help)
+
+
+def add_file_flags(parser: argparse._ActionsContainer, noun: str) -> None:
+    """Flags of a command whose output is one file that can be continued.
+
+    noun: what it works on, in the plural
+    """
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--batch-size", type=int, default=8, help=f"{noun} at once (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help=f"append {noun} there as they are finished; the same call again goes on where it "
+        "stopped (its options are kept in FILE.jsonl.run.json)",
+    )
+
+
 def read_dataset(
-    args: argparse.Namespace, *, paraphrase_file: Path | None, min_paraphrases: int
+    args: argparse.Namespace,
+    *,
+    paraphrase_file: Path | None,
+    min_paraphrases: int,
+    min_kinds: tuple[int, int] = (0, 0),
 ) -> "Dataset":
     """The data set that the flags name; what was left out of it is said on standard error.
 
@@ -41,12 +82,13 @@ def read_dataset(
         paraphrase_file=paraphrase_file,
         skip_bad=args.skip_bad,
         min_paraphrases=min_paraphrases,
+        min_kinds=min_kinds,
     )
     for note in dataset.notes:
         print(note, file=sys.stderr)
     if dataset.skipped:
         print(
-            f"{len(dataset.skipped)} bad rows are left out, the first: {dataset.skipped[0]}",
+            f"bad rows that are left out: {len(dataset.skipped)}, the first {dataset.skipped[0]}",
             file=sys.stderr,
         )
     return dataset

@@ -33,6 +33,8 @@ _WANTED_PLACEHOLDERS = {
     "segment": {"question"},
     "suffix": set(),
 }
+# What a slip makes of a placeholder, such as { question } or {question!r}.
+_SLIP = re.compile(r"\{[^{}]*\b(?:question|answer)\b[^{}]*\}")
 _INDICES = re.compile(r"indices:(\d+(?:,\d+)*)")
 _MIXED = re.compile(r"mixed:(\d+)\+(\d+)")
 
@@ -147,6 +149,11 @@ def read_template(path: Path) -> PromptTemplate:
         text = raw[name]
         if not isinstance(text, str):
             raise UsageError(f"template {path}: {name} is {text!r}; wanted a string")
+        slips = [slip for slip in _SLIP.findall(text) if not _PLACEHOLDER.fullmatch(slip)]
+        if slips:
+            raise UsageError(
+                f"template {path}: {name} has {slips[0]!r}; wanted a name alone between the braces"
+            )
         found = set(_PLACEHOLDER.findall(text))
         if found != wanted:
             listed = " and ".join(f"{{{key}}}" for key in sorted(wanted, reverse=True))
@@ -200,7 +207,7 @@ def check_choice(how: str, count: int) -> None:
 def paraphrases_needed(how: str, count: int) -> int:
     """How many paraphrases an item must have for `choose_paraphrases` to succeed.
 
-    That they must be manual or automatic in certain numbers comes on top.
+    That they must be manual or automatic in certain numbers comes on top, see `kinds_needed`.
     """
     check_choice(how, count)
     if how == "repeat":
@@ -210,6 +217,12 @@ def paraphrases_needed(how: str, count: int) -> int:
     if match := _MIXED.fullmatch(how):
         return int(match[1]) + int(match[2])
     return count
+
+
+def kinds_needed(how: str) -> tuple[int, int]:
+    """How many manual and how many automatic paraphrases an item must have for a choice."""
+    match = _MIXED.fullmatch(how)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def choose_paraphrases(item: Item, count: int, how: str, seed: int) -> tuple[int, ...]:
@@ -286,9 +299,20 @@ def choose_shots(
     ]
     if len(candidates) < count or (not is_apart and len(dataset.items) <= count):
         side = "training side" if is_apart else "items themselves, of which some must remain"
+        wanted = "a shot asks nothing that is evaluated"
+        remedy = "ask for fewer"
+        if min_paraphrases > 1:
+            wanted += (
+                f" and has {min_paraphrases} paraphrases, one for each segment of the format "
+                "shot-paraphrases"
+            )
+            remedy += (
+                " shots or paraphrases, or give more paraphrases to the "
+                f"{'training side' if is_apart else 'items'} in the paraphrase file"
+            )
         raise UsageError(
             f"{count} shots are asked for; {dataset.name} has {len(candidates)} that can be, among "
-            f"the {side}: ask for fewer"
+            f"the {side}; {wanted}: {remedy}"
         )
     shots = _take_turns(candidates, count, seed, "shot")
     return shots, frozenset() if is_apart else frozenset(shot.id for shot in shots)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,7 @@ _SHARD = re.compile(r"(?P<stem>.+?)(-(?P<number>\d+)-of-(?P<count>\d+))?(-[0-9a-
 _SPLITS = ("test", "validation", "train")
 _BATCH_ROWS = 4096
 _SHOWN_CHARACTERS = 60
+_CELL_CHARACTERS = 2**31 - 1  # the most that a C long holds everywhere
 
 
 class BadRow(Exception):
@@ -83,44 +85,47 @@ class Row:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 raise BadRow(
-                    f'{self.where}: {name} is {_show(value)}; wanted a list as JSON, ["a", "b"]'
+                    f"{self.where}: {name} is {show_value(value)}; wanted a list as JSON, "
+                    '["a", "b"]'
                 ) from None
         if not isinstance(value, list):
-            raise BadRow(f"{self.where}: {name} is {_show(value)}; wanted a list of strings")
+            raise BadRow(f"{self.where}: {name} is {show_value(value)}; wanted a list of strings")
         if not value and not may_be_empty:
             raise BadRow(f"{self.where}: {name} is an empty list; wanted at least one string")
         return tuple(self._checked(f"{name}[{place}]", text) for place, text in enumerate(value))
 
-    def optional_text(self, name: str) -> str | None:
-        """None where the cell is null, or empty in a CSV."""
+    def optional_key(self, name: str) -> str | None:
+        """As `key`; None where the cell is null, or empty in a CSV."""
         value = self._value(name)
-        return None if value is None or (self.is_text and not value) else self.text(name)
+        return None if value is None or (self.is_text and not value) else self.key(name)
 
     def key(self, name: str) -> str:
-        """An id: text, or an integer as text."""
+        """A name, such as an id: text, or an integer as text."""
         value = self._value(name)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
-            raise BadRow(f"{self.where}: {name} is {_show(value)}; wanted a string or an integer")
+            raise BadRow(
+                f"{self.where}: {name} is {show_value(value)}; wanted a string or an integer"
+            )
         return self._checked(name, value)
 
     def flag(self, name: str) -> bool:
         value = self._value(name)
         if not isinstance(value, bool):
-            raise BadRow(f"{self.where}: {name} is {_show(value)}; wanted true or false")
+            raise BadRow(f"{self.where}: {name} is {show_value(value)}; wanted true or false")
         return value
 
     def _value(self, name: str) -> object:
         try:
             return self.values[name]
         except KeyError:
-            listed = ", ".join(self.columns) or "nothing"
+            listed = one_line(", ".join(self.columns)) or "nothing"
             raise BadRow(f"{self.where}: there is no column {name!r} but {listed}") from None
 
     def _checked(self, name: str, value: object) -> str:
         if not isinstance(value, str):
-            raise BadRow(f"{self.where}: {name} is {_show(value)}; wanted a string")
+            raise BadRow(f"{self.where}: {name} is {show_value(value)}; wanted a string")
         if not value.strip():
             raise BadRow(f"{self.where}: {name} is {value!r}, which is empty; wanted text")
         if not value.isascii():
@@ -134,7 +139,8 @@ class Row:
         return value
 
 
-def _show(value: object) -> str:
+def show_value(value: object) -> str:
+    """A value out of a file for a message, cut where it is long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
@@ -144,6 +150,8 @@ def read_rows(path: Path, rejects: Rejects, columns: Sequence[str]) -> Iterator[
 
     raises: UsageError for a file that cannot be read, and for a bad row unless those are skipped
     """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"cannot read {path}: wanted a file that ends in {', '.join(SUFFIXES)}")
     readers = dict(zip(SUFFIXES, (_read_jsonl, _read_csv, _read_parquet), strict=True))
     try:
         yield from readers[path.suffix](path, rejects, columns)
@@ -174,15 +182,13 @@ def _read_jsonl(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]
 
 
 def _read_csv(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]:
+    # Cells may hold whole documents. A setting of the process, so that it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), _CELL_CHARACTERS))
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            repeated = sorted({name for name in header if header.count(name) > 1})
-            if repeated:
-                raise UsageError(
-                    f"{path}: the header names {repeated[0]!r} twice; names must differ"
-                )
+            _check_names(path, header)
             for number in itertools.count(1):
                 where = f"{path}, row {number}"
                 try:
@@ -205,12 +211,19 @@ def _read_csv(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]:
             ) from None
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UsageError(f"{path}: the header names {repeated[0]!r} twice; names must differ")
+
+
 def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Row]:
     parquet, arrow_error = _arrow()
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
             there = file.schema_arrow.names
+            _check_names(path, there)
             wanted = [name for name in dict.fromkeys(columns) if name in there]
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 # Lists of columns, since a dictionary a row would take most of the time.
