@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from minifuse.evaluation.datasets import Dataset, Item
+    from minifuse.evaluation.prompts import PromptBuilder, PromptTemplate
 
 _FUSION = FusionConfig()
 MAX_NEW_TOKENS = 16
@@ -76,6 +77,13 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         help="first, indices:0,2,3, mixed:M+A or repeat (default: %(default)s)",
     )
     add("--shots", type=int, default=5, metavar="K", help="default: %(default)s")
+    add(
+        "--draws",
+        type=int,
+        default=1,
+        metavar="D",
+        help="ask every item behind so many seeded draws of shots (default: %(default)s)",
+    )
     add("--template", type=Path, metavar="FILE.toml", help="instead of the data set's own")
     add(
         "--format",
@@ -153,7 +161,8 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     counts = _read_counts(args)
     methods = tuple(str(m) for m in parse_methods(n.strip() for n in args.methods.split(",")))
     FusionConfig(positions=args.positions, beta=args.beta, balance=args.balance)
-    for name, low in (("shots", 0), ("batch_size", 1), ("max_new_tokens", 1), ("limit", 1)):
+    smallest = {"shots": 0, "draws": 1, "batch_size": 1, "max_new_tokens": 1, "limit": 1}
+    for name, low in smallest.items():
         value = getattr(args, name)
         if value is not None and value < low:
             flag = f"--{name.replace('_', '-')}"
@@ -170,7 +179,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         paraphrase_file=args.paraphrase_file,
         min_paraphrases=paraphrases_needed(args.choice, max(counts)),
     )
-    template, builder, items, shot_ids = _prepare(args, dataset)
+    template, builders, items = _prepare(args, dataset)
     weights = _read_weights(args, items)
 
     from minifuse.evaluation.records import RunFolder
@@ -201,7 +210,8 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         "n": list(counts),
         "choice": args.choice,
         "shots": args.shots,
-        "shot_ids": shot_ids,
+        "draws": args.draws,
+        "shot_ids": [[shot.id for shot in builder.shots] for builder in builders],
         "format_of_prompts": args.format,
         "template": asdict(template),
         "seed": args.seed,
@@ -214,7 +224,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     }
     plan = RunPlan(methods, counts, args.choice, args.seed, weights, options)
     with RunFolder(args.output, config, resume=args.resume) as folder:
-        run_items(fuser, items, builder, plan, folder, batch_size=args.batch_size)
+        run_items(fuser, items, builders, plan, folder, batch_size=args.batch_size)
     _finish(args.output, args)
 
 
@@ -231,26 +241,35 @@ def _read_counts(args: argparse.Namespace) -> tuple[int, ...]:
     return counts
 
 
-def _prepare(args: argparse.Namespace, dataset: "Dataset") -> tuple:
-    """Template, builder, the items to evaluate, ids of the shots."""
+def _prepare(
+    args: argparse.Namespace, dataset: "Dataset"
+) -> tuple["PromptTemplate", list["PromptBuilder"], list["Item"]]:
+    """The template, a builder for every draw of shots, and the items to evaluate."""
     from minifuse.evaluation.prompts import (
         PromptBuilder,
+        choose_draws,
         choose_items,
-        choose_shots,
         find_template,
         read_template,
     )
 
     template = read_template(args.template or find_template(dataset.name))
     least = max(_read_counts(args)) if args.format == "shot-paraphrases" else 1
-    shots, left_out = choose_shots(dataset, args.shots, args.seed, min_paraphrases=least)
+    draws, left_out = choose_draws(
+        dataset, args.shots, args.seed, args.draws, min_paraphrases=least
+    )
     items = [item for item in dataset.items if item.id not in left_out]
     if args.limit is not None and args.limit < len(items):
         items = choose_items(items, args.limit, args.seed)
     if not items:
-        raise UsageError(f"{args.dataset} leaves no item to evaluate beside {len(shots)} shots")
-    builder = PromptBuilder(template, tuple(shots), format=args.format, chat=args.chat)
-    return template, builder, items, [shot.id for shot in shots]
+        raise UsageError(
+            f"{args.dataset} leaves no item to evaluate beside {args.draws} draws of {args.shots} "
+            "shots; ask for fewer"
+        )
+    builders = [
+        PromptBuilder(template, tuple(shots), format=args.format, chat=args.chat) for shots in draws
+    ]
+    return template, builders, items
 
 
 def _read_weights(
@@ -299,7 +318,7 @@ def _finish(run: Path, args: argparse.Namespace) -> None:
     """Tables, summary and report of a run's records."""
     from minifuse.evaluation.records import RECORDS_FILE, read_run
     from minifuse.evaluation.report import write_report
-    from minifuse.evaluation.statistics import summarise
+    from minifuse.evaluation.summary import summarise
     from minifuse.evaluation.tables import make_table, read_records
     from minifuse.files import write_json
 
@@ -354,8 +373,10 @@ def _lemmatize_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--spacy-model", metavar="NAME", help="default: an offline English one")
     args = parser.parse_args(arguments)
     from minifuse.evaluation.lemmas import Lemmatizer, add_lemmas
+    from minifuse.evaluation.records import read_run
     from minifuse.evaluation.tables import read_table
 
+    read_run(args.run)  # refuses the folder of another version
     table = read_table(args.run / "results.parquet")
     _write_tables(add_lemmas(table, Lemmatizer(args.spacy_model)), args.run)
 
@@ -368,10 +389,15 @@ def _compare_command(arguments: Sequence[str]) -> None:
     parser.add_argument("run_a", type=Path, metavar="RUN_A")
     parser.add_argument("run_b", type=Path, metavar="RUN_B")
     args = parser.parse_args(arguments)
-    from minifuse.evaluation.statistics import compare
+    from minifuse.evaluation.records import read_run
+    from minifuse.evaluation.summary import compare
     from minifuse.evaluation.tables import read_table
 
-    tables = [read_table(run / "results.parquet") for run in (args.run_a, args.run_b)]
+    runs = (args.run_a, args.run_b)
+    shots_a, shots_b = (read_run(run)[0]["shot_ids"] for run in runs)
+    if any(a != b for a, b in zip(shots_a, shots_b, strict=False)):
+        print("warning: the runs drew other shots; differences hold those too", file=sys.stderr)
+    tables = [read_table(run / "results.parquet") for run in runs]
     print(json.dumps(compare(*tables), indent=2))
 
 

@@ -56,7 +56,17 @@ def without_timings(records: list[dict]) -> list[dict]:
 
 def assert_same_records(ours: list[dict], theirs: list[dict]) -> None:
     """The same answers to the same questions; numbers within the tolerance."""
-    exact = ("id", "n", "method", "paraphrase_index", "paraphrases", "text", "token_ids", "lines")
+    exact = (
+        "id",
+        "n",
+        "draw",
+        "method",
+        "paraphrase_index",
+        "paraphrases",
+        "text",
+        "token_ids",
+        "lines",
+    )
     for one, other in zip(ours, theirs, strict=True):
         assert {k: one[k] for k in exact} == {k: other[k] for k in exact}
         assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE)
@@ -98,7 +108,7 @@ def test_records_are_what_the_engine_says(run, model):
     config = json.loads((run / "config.json").read_text())
     dataset = load_dataset(str(QUESTIONS), min_paraphrases=3)
     shots, left_out = choose_shots(dataset, 2, 0)
-    assert config["shot_ids"] == [shot.id for shot in shots]
+    assert config["shot_ids"] == [[shot.id for shot in shots]]
     template = read_template(find_template(dataset.name))
     records = read_records(run)
     assert not left_out & {record["id"] for record in records}
@@ -172,6 +182,8 @@ def test_resume_wants_the_same_configuration(run, model, tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
     assert main(flags(model, copy, "--resume", "--seed", "1")) == 2
     assert "was made with" in capsys.readouterr().err
+    assert main(flags(model, copy, "--resume", "--draws", "2")) == 2
+    assert "was made with draws 1, and this call has 2" in capsys.readouterr().err
     before = (copy / RECORDS_FILE).read_bytes()
     assert main(flags(model, copy, "--resume")) == 0
     assert (copy / RECORDS_FILE).read_bytes() == before
@@ -185,6 +197,108 @@ def test_a_sweep_asks_with_several_numbers_of_paraphrases(model, tmp_path):
     assert all(len(record["paraphrases"]) == record["n"] for record in records)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert set(summary["by_n"]) == {"1", "2"}
+
+
+@pytest.fixture(scope="module")
+def drawn(model, tmp_path_factory):
+    """A run over two draws of shots and two numbers of paraphrases."""
+    path = tmp_path_factory.mktemp("evaluate") / "drawn"
+    assert main(flags(model, path, *DRAWN)) == 0
+    return path
+
+
+DRAWN = ["--draws", "2", "--sweep", "1,3", "--methods", "fused,per_prompt,prob_avg"]
+
+
+def test_draws_ask_the_same_behind_other_shots(drawn, model):
+    config = json.loads((drawn / "config.json").read_text())
+    assert config["draws"] == 2
+    first, second = config["shot_ids"]
+    dataset = load_dataset(str(QUESTIONS), min_paraphrases=3)
+    assert first == [shot.id for shot in choose_shots(dataset, 2, 0)[0]]
+    assert set(first) != set(second)
+    records = read_records(drawn)
+    # Draw, then n, then items; fused, prob_avg and n single prompts of each.
+    order = [(record["draw"], record["n"]) for record in records]
+    assert order == [cell for d in (0, 1) for n in (1, 3) for cell in [(d, n)] * 5 * (2 + n)]
+    assert not {record["id"] for record in records} & {*first, *second}
+    asked = ("id", "n", "method", "paraphrase_index", "paraphrases", "answers")
+    halves = [[r for r in records if r["draw"] == draw] for draw in (0, 1)]
+    for one, other in zip(*halves, strict=True):
+        assert [one[name] for name in asked] == [other[name] for name in asked]
+    assert any(a["logprobs"] != b["logprobs"] for a, b in zip(*halves, strict=True))
+
+
+def test_a_draw_is_asked_behind_its_own_shots(drawn, model):
+    """One answer of the second draw, asked once more by hand."""
+    config = json.loads((drawn / "config.json").read_text())
+    dataset = load_dataset(str(QUESTIONS), min_paraphrases=3)
+    by_id = {item.id: item for item in dataset.items}
+    template = read_template(find_template(dataset.name))
+    record = next(
+        record
+        for record in read_records(drawn)
+        if (record["draw"], record["n"], record["method"]) == (1, 3, "fused")
+    )
+    shots = tuple(by_id[id] for id in config["shot_ids"][1])
+    item = by_id[record["id"]]
+    prompt = PromptBuilder(template, shots).build(item, item.paraphrases[:3])
+    [score] = (
+        minifuse.load(model, compile=False)
+        .score(
+            prefix=prompt.prefix,
+            segments=prompt.segments,
+            suffix=prompt.suffix,
+            methods=["fused"],
+            continuations=[continuation_of(answer) for answer in item.answers],
+        )
+        .values()
+    )
+    assert record["answer_logprobs"] == pytest.approx(score, abs=TOLERANCE)
+
+
+def test_draws_are_summarised_and_compared(drawn, model, tmp_path, capsys):
+    summary = json.loads((drawn / "summary.json").read_text())
+    assert (summary["draws"], summary["num_items"], summary["n"]) == (2, 5, 3)
+    assert summary["interval"].endswith("questions and 2 draws of shots")
+    assert all(len(entry["by_draw"]) == 2 for entry in summary["comparisons"])
+    assert main(["score", str(drawn)]) == 0
+    assert json.loads((drawn / "summary.json").read_text()) == summary
+    capsys.readouterr()
+    assert main(["compare", str(drawn), str(drawn)]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["draws"] == 2
+    assert output.err == ""
+    other = tmp_path / "other"
+    assert main(flags(model, other, "--seed", "1", "--methods", "fused", "--limit", "30")) == 0
+    capsys.readouterr()
+    assert main(["compare", str(drawn), str(other)]) == 0
+    assert "warning: the runs drew other shots" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_units", [0, 3, 12, 19])
+def test_draws_are_taken_up_where_they_stopped(drawn, model, tmp_path, num_units):
+    """The lines that are there stay; of 20 (item, n, draw) some are whole, and one is torn."""
+    copy = shutil.copytree(drawn, tmp_path / "run")
+    lines = (drawn / RECORDS_FILE).read_bytes().splitlines(keepends=True)
+    records = read_records(drawn)
+    units = list(dict.fromkeys((r["id"], r["n"], r["draw"]) for r in records))
+    assert len(units) == 20
+    torn = [(r["id"], r["n"], r["draw"]) for r in records].index(units[num_units])
+    kept = b"".join(lines[:torn])
+    (copy / RECORDS_FILE).write_bytes(kept + lines[torn] + lines[torn + 1][:30])
+    assert main(flags(model, copy, *DRAWN, "--resume")) == 0
+    assert (copy / RECORDS_FILE).read_bytes().startswith(kept)
+    assert_same_records(read_records(copy), records)
+
+
+def test_runs_of_another_version_are_not_worked_on(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"format": 1}))
+    for work in (["score", str(copy)], ["lemmatize", str(copy)], ["compare", str(run), str(copy)]):
+        assert main(work) == 2
+        assert "another version of minifuse (format 1" in capsys.readouterr().err
 
 
 def test_weights_come_from_a_confidence_file(model, tmp_path):
@@ -221,6 +335,9 @@ BAD_USAGE = [
     (["--paraphrases", "9"], "5 paraphrases of id .* wanted at least 9"),
     (["--sweep", "1,x"], "--sweep is '1,x'"),
     (["--shots", "-1"], "--shots is -1"),
+    (["--draws", "0"], "--draws is 0"),
+    (["--draws", "2", "--shots", "0"], "2 draws of 0 shots are asked for"),
+    (["--draws", "40", "--shots", "20"], "leaves no item to evaluate beside 40 draws of 20 shots"),
     (["--shots", "99"], "99 shots are asked for"),
     (["--limit", "0"], "--limit is 0"),
     (["--batch-size", "0"], "--batch-size is 0"),

@@ -19,7 +19,7 @@ ORDER = """
     executor request engine jsonl generate
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
-    evaluation.plots evaluation.report evaluation.flags evaluation.batches
+    evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches
     evaluation.paraphrasing evaluation.confidences evaluation.runner
     evaluate paraphrase confidence
 """.split()

@@ -19,6 +19,7 @@ from minifuse.evaluation.prompts import (
     PromptBuilder,
     PromptTemplate,
     check_choice,
+    choose_draws,
     choose_items,
     choose_paraphrases,
     choose_shots,
@@ -322,6 +323,35 @@ def test_shots_differ_by_seed():
     assert len({tuple(s.id for s in choose_shots(data, 5, seed)[0]) for seed in range(5)}) == 5
 
 
+def test_draws_of_shots_differ_and_all_are_left_out():
+    data = Dataset("set", items_of("." * 50), (), "")
+    draws, left_out = choose_draws(data, 5, 3, 4)
+    assert [len(shots) for shots in draws] == [5] * 4
+    ids = [tuple(shot.id for shot in shots) for shots in draws]
+    assert len(set(ids)) == 4
+    assert left_out == {id for of_draw in ids for id in of_draw}
+    # The first is that of the seed, and more draws leave the others as they are.
+    shots, ids_of_shots = choose_shots(data, 5, 3)
+    assert choose_draws(data, 5, 3, 1) == ([shots], ids_of_shots)
+    assert choose_draws(data, 5, 3, 2)[0] == draws[:2]
+    assert choose_draws(data, 5, 4, 4)[0][1:] != draws[1:]
+
+
+def test_draws_of_a_training_side_leave_no_item_out():
+    items = items_of("." * 20)
+    data = Dataset("set", items[:2], items[2:], "")
+    draws, left_out = choose_draws(data, 2, 0, 3)
+    assert left_out == frozenset()
+    assert len({tuple(shot.id for shot in shots) for shots in draws}) == 3
+
+
+def test_draws_that_nothing_tells_apart():
+    data = Dataset("set", items_of("." * 9), (), "")
+    assert choose_draws(data, 0, 0, 1) == ([[]], frozenset())
+    with pytest.raises(UsageError, match="2 draws of 0 shots are asked for; draws differ in"):
+        choose_draws(data, 0, 0, 2)
+
+
 def test_shots_of_a_training_side_ask_nothing_that_is_evaluated():
     evaluated = (Item("e", "Same?", ("Same?",), ("x",)), Item("f", "y", ("Y too",), ("x",)))
     train = (
@@ -403,21 +433,31 @@ DRAWS = """
 import json, sys
 from pathlib import Path
 from minifuse.evaluation.datasets import load_dataset
-from minifuse.evaluation.prompts import choose_items, choose_paraphrases, choose_shots
+from minifuse.evaluation.prompts import choose_draws, choose_items, choose_paraphrases
 data = load_dataset("myriadlama", data_dir=Path(sys.argv[1]), min_paraphrases=8)
-shots, left_out = choose_shots(data, 5, 7)
+draws, left_out = choose_draws(data, 5, 7, 2)
 items = choose_items([item for item in data.items if item.id not in left_out], 40, 7)
 sets = [choose_paraphrases(item, 4, "mixed:3+2", 7) for item in items]
-print(json.dumps([[s.id for s in shots], [i.id for i in items], sets, data.data_hash]))
+shots = [[shot.id for shot in draw] for draw in draws]
+print(json.dumps([shots, [i.id for i in items], sets, data.data_hash]))
 assert "torch" not in sys.modules
 """
 
 DRAWN_SHOTS = [
-    "bf3ab2f61698af2-647294383b2cbc2",
-    "f6d6697b9013f73-7458199fe97a184",
-    "0f4f4fc21425165-56ac628a2f10b3b",
-    "955aab8849a5ab2-a06522bc4aab38e",
-    "4bba2a35b0eea30-ba118bf7fc9c1ae",
+    [
+        "bf3ab2f61698af2-647294383b2cbc2",
+        "f6d6697b9013f73-7458199fe97a184",
+        "0f4f4fc21425165-56ac628a2f10b3b",
+        "955aab8849a5ab2-a06522bc4aab38e",
+        "4bba2a35b0eea30-ba118bf7fc9c1ae",
+    ],
+    [
+        "b211d3d4ca702a5-c17ac113230f5f3",
+        "5deb5e6a00b3763-7b7f15f9ffbeb90",
+        "0f4f4fc21425165-56ac628a2f10b3b",
+        "9432d0ca782b60f-c7a11e9a55de2b1",
+        "835a6d167122b2e-9c633c81c4f7d3a",
+    ],
 ]
 DRAWN_SETS = [[4, 0, 10, 7], [1, 6, 8, 2], [5, 4, 0, 1]]
 
@@ -437,7 +477,7 @@ def test_every_process_draws_the_same(shared_data):
         outputs.add(done.stdout)
     [output] = outputs
     shots, items, sets, _ = json.loads(output)
-    assert [len(shots), len(items), len(sets)] == [5, 40, 40]
+    assert [len(shots[0]), len(shots[1]), len(items), len(sets)] == [5, 5, 40, 40]
     # Written down once: with other draws, runs that were published could not be repeated.
     assert shots == DRAWN_SHOTS
     assert sets[:3] == DRAWN_SETS

@@ -16,9 +16,10 @@ from minifuse.evaluation.records import (
 CONFIG = {"model": "tiny", "methods": ["fused", "origin"], "seed": 0, "command": ["x"]}
 
 
-def lines_of(id: str, n: int = 2) -> list[dict]:
+def lines_of(id: str, n: int = 2, draw: int = 0) -> list[dict]:
     methods = ("fused", "origin")
-    return [{"id": id, "n": n, "method": m, "text": "é\n", "lines": len(methods)} for m in methods]
+    unit = {"id": id, "n": n, "draw": draw}
+    return [unit | {"method": m, "text": "é\n", "lines": len(methods)} for m in methods]
 
 
 def read_records(path) -> list[dict]:
@@ -36,7 +37,7 @@ def run(tmp_path):
 
 def test_a_run_is_kept_with_what_it_depends_on(run):
     config, environment = read_run(run)
-    assert config == CONFIG | {"format": 1}
+    assert config == CONFIG | {"format": 2}
     assert {"python", "torch", "cpu", "num_threads"} <= environment.keys()
     assert read_records(run) == lines_of("a") + lines_of("b")
     assert sorted(path.name for path in run.iterdir()) == [
@@ -48,10 +49,14 @@ def test_a_run_is_kept_with_what_it_depends_on(run):
 
 def test_resume_goes_on_behind_what_is_done(run):
     with RunFolder(run, CONFIG, resume=True) as folder:
-        assert folder.done == {("a", 2), ("b", 2)}
-        folder.append(lines_of("a", n=3))
-        assert ("a", 3) in folder.done
-    assert read_records(run) == lines_of("a") + lines_of("b") + lines_of("a", n=3)
+        assert folder.done == {("a", 2, 0), ("b", 2, 0)}
+        for more in ({"n": 3}, {"draw": 1}):
+            folder.append(lines_of("a", **more))
+        assert folder.done == {("a", 2, 0), ("b", 2, 0), ("a", 3, 0), ("a", 2, 1)}
+    with RunFolder(run, CONFIG, resume=True) as folder:
+        assert folder.done == {("a", 2, 0), ("b", 2, 0), ("a", 3, 0), ("a", 2, 1)}
+    more = lines_of("a", n=3) + lines_of("a", draw=1)
+    assert read_records(run) == lines_of("a") + lines_of("b") + more
 
 
 def test_a_run_torn_at_any_byte_loses_only_the_item_that_was_torn(run):
@@ -64,7 +69,7 @@ def test_a_run_torn_at_any_byte_loses_only_the_item_that_was_torn(run):
             kept = max(end for end in [0, *ends] if end <= length)
             assert len(folder.done) == [0, *ends].index(kept)
             for id in ("a", "b"):
-                if (id, 2) not in folder.done:
+                if (id, 2, 0) not in folder.done:
                     folder.append(lines_of(id))
         assert (run / RECORDS_FILE).read_bytes() == whole
 
@@ -93,11 +98,14 @@ def test_a_run_is_not_written_over(run):
         RunFolder(run, CONFIG, resume=False)
 
 
-def test_a_run_of_another_version_is_refused(run):
+@pytest.mark.parametrize("format", [1, 99])
+def test_a_run_of_another_version_is_refused(run, format):
+    """1: before there were draws of shots."""
     config = json.loads((run / CONFIG_FILE).read_text())
-    (run / CONFIG_FILE).write_text(json.dumps(config | {"format": 99}))
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"format": format}))
+    message = rf"another version of minifuse \(format {format}, this one has 2\)"
     for work in (lambda: read_run(run), lambda: RunFolder(run, CONFIG, resume=True)):
-        with pytest.raises(UsageError, match=r"another version of minifuse \(format 99, this one"):
+        with pytest.raises(UsageError, match=message):
             work()
 
 

@@ -29,9 +29,11 @@ NASTY = (
 CITIES = ("Paris", "Lyon", "the Hague", "Rome", "")
 
 
-def make_table(num_items: int = 200, counts: tuple[int, ...] = (1, 3, 5)) -> pandas.DataFrame:
+def make_table(
+    num_items: int = 200, counts: tuple[int, ...] = (1, 3, 5), draw: int = 0
+) -> pandas.DataFrame:
     """Records as a small model would leave them; all is drawn from one seed."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(draw)
     skill = {method: random.normal(0, 0.3) for method in METHODS}
     records = []
     for item in range(num_items):
@@ -50,6 +52,7 @@ def make_table(num_items: int = 200, counts: tuple[int, ...] = (1, 3, 5)) -> pan
                         {
                             "id": f"item-{item}",
                             "n": n,
+                            "draw": draw,
                             "method": method,
                             "paraphrase_index": index,
                             "relation": RELATIONS[item % len(RELATIONS)],
@@ -71,7 +74,7 @@ def make_table(num_items: int = 200, counts: tuple[int, ...] = (1, 3, 5)) -> pan
                             "decode_ms": random.uniform(30, 40),
                         }
                     )
-    counts_of = ["n", "paraphrase_index", "num_tokens", "prompt_tokens", "num_streams"]
+    counts_of = ["n", "draw", "paraphrase_index", "num_tokens", "prompt_tokens", "num_streams"]
     return pandas.DataFrame(records).astype(
         {**dict.fromkeys(counts_of, "Int64"), "answer_logprob": "float64"}
     )
@@ -105,12 +108,15 @@ def calibrated(rows: pandas.DataFrame) -> list[dict]:
     return bins
 
 
+SHARE = {"reference": "prob_avg", "share": 0.337, "low": -0.041, "high": 0.612}
+
+
 def make_summary(table: pandas.DataFrame) -> dict:
-    """What `statistics.summarise` gives for such a table, in shape; the numbers are simple."""
+    """What `summary.summarise` gives for such a table, in shape; the numbers are simple."""
     n = int(table["n"].max())
     main = table[table["n"] == n]
     singles = main[main["method"] == "per_prompt"]
-    flips = {"right_to_wrong": 12, "wrong_to_right": 17, "num_items": 200}
+    flips = {"right_to_wrong": 12, "wrong_to_right": 17, "num_cells": 200}
     costs = ("num_streams", "prompt_tokens", "num_tokens", "prefill_ms", "decode_ms")
 
     def spread_by(measure: str) -> dict:
@@ -133,6 +139,7 @@ def make_summary(table: pandas.DataFrame) -> dict:
             **values,
             "spread": spread if is_single else None,
             "consistency": 0.617 if is_single else None,
+            "share_of_distance": SHARE if method == "fused" else None,
             "flips_vs_origin": None if method == "origin" else flips,
             "flips_vs_mean_single": None if is_single else flips | {"right_to_wrong": 14.4},
             "ece": 0.123,
@@ -150,6 +157,7 @@ def make_summary(table: pandas.DataFrame) -> dict:
         "p_mcnemar": None,
         "p_holm": 0.0832,
         "detectable": 0.056,
+        "by_draw": [-0.0421],
     }
     by_relation = {
         relation: {"num_items": int(rows["id"].nunique()), "methods": measured(rows)}
@@ -283,8 +291,70 @@ def test_every_part_is_there(page, page_path):
         *["fused - prob_avg", "lemmas", "-0.042 [-0.081, -0.003]"],
         *["0.0123", "0.0416", "0.0832", "0.056"],
     ] in rows
+    assert ["fused", "0.337 [-0.041, 0.612]"] in rows
+    assert "from the best ensemble of the run (prob_avg)" in text
+    assert not re.search(r"draws of shots|by draw|of the shots", text)
     for relation in RELATIONS:
         assert sum(row[0] == relation for row in page.rows) == 2
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> tuple[pandas.DataFrame, str]:
+    """A table of three draws of shots, and its page."""
+    table = pandas.concat([make_table(40, (3,), draw) for draw in (0, 1, 2)], ignore_index=True)
+    summary = make_summary(table)
+    summary |= {"interval": "95% percentile bootstrap over questions and 3 draws of shots"}
+    for row in summary["comparisons"]:
+        row["by_draw"] = [0.0301, -0.1523, None]
+    path = tmp_path_factory.mktemp("drawn") / "report.html"
+    write_report(path, table, summary, CONFIG, ENVIRONMENT)
+    return table, path.read_text(encoding="utf-8")
+
+
+def test_draws_of_shots_are_named(drawn):
+    _, text = drawn
+    plain = " ".join(text.split())
+    assert "40 items, 3 paraphrases, 3 draws of shots, 14 methods." in plain
+    assert "means over items and 3 draws of shots" in plain
+    assert "In brackets: 95% percentile bootstrap over questions and 3 draws of shots" in plain
+    assert "Each paraphrase alone, in draw 0 of the shots." in plain
+    assert "others wrong (lemmas), in draw 0 of the shots." in plain
+    rows = [
+        [" ".join(cell.replace("\N{MINUS SIGN}", "-").split()) for cell in row]
+        for row in Page(text).rows
+    ]
+    # McNemar's test is for one draw alone.
+    assert [
+        *["fused - prob_avg", "lemmas", "-0.042 [-0.081, -0.003]", "0.030, -0.152, \N{EN DASH}"],
+        *["0.0416", "0.0832", "0.056"],
+    ] in rows
+    assert "McNemar" not in plain
+
+
+def test_pictures_of_single_items_are_those_of_the_first_draw(drawn, tmp_path):
+    """Heat map and examples are those of a report on that draw alone; agreement is over all."""
+    table, text = drawn
+    write_report(tmp_path / "one.html", table[table["draw"] == 0], {}, CONFIG, ENVIRONMENT)
+    alone = (tmp_path / "one.html").read_text(encoding="utf-8")
+    pattern = re.compile(r'<ol id="examples">.*?</ol>\n\s*</section>', re.DOTALL)
+    assert pattern.search(text)[0] == pattern.search(alone)[0]
+    told = [
+        {svg.get("aria-label"): svg.findtext("desc") for svg in svgs_of(page)}
+        for page in (text, alone)
+    ]
+    heat = "Log-probability of the answer and correctness of each paraphrase of each item"
+    assert told[0][heat] == told[1][heat]
+    label = "Share of items on which two methods agree"
+    pairs = [dict(line.rsplit(": ", 1) for line in found[label].split("; ")) for found in told]
+    assert pairs[0] != pairs[1]
+    by_cell = {
+        method: own.set_index(["id", "draw"])["prediction"]
+        for method, own in table.groupby("method")
+    }
+    first, second = by_cell["fused"], by_cell["vote"]
+    wanted = ((first == second[first.index]) & (first != "")).mean()
+    shares = {frozenset(pair.split(" and ")): float(share) for pair, share in pairs[0].items()}
+    assert abs(shares[frozenset(["fused", "vote"])] - wanted) < 0.005 + 1e-9
 
 
 def test_nothing_is_fetched(page):

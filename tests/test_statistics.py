@@ -1,79 +1,104 @@
-"""Statistics against worked examples, slow twins and simulation; summaries of small runs."""
+"""Statistics of arrays against worked examples, slow twins and simulation."""
 
-import json
 import math
-import warnings
 from fractions import Fraction
 
 import numpy as np
-import pandas
 import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minifuse.errors import UsageError
 from minifuse.evaluation.statistics import (
     ALL_ALIKE,
-    ENSEMBLES,
-    FUSED,
-    MEASURES,
     NO_ITEM,
     ONE_ITEM,
     agreement,
     bootstrap_p,
     calibration,
-    compare,
     count_flips,
-    declare_family,
+    detectable_difference,
     detectable_mean,
     detectable_share,
     holm,
     intervals,
     mcnemar,
+    paired,
     resample_means,
-    summarise,
+    share_of_distance,
 )
-from minifuse.evaluation.tables import make_table
 
 # ---- Bootstrap
 
 
+def take(rng: np.random.Generator, size: int, num_resamples: int) -> list[np.ndarray]:
+    return [rng.integers(0, size, size=size) for _ in range(num_resamples)]
+
+
 def slow_resample(values: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """One draw, one column, one item at a time."""
-    rng = np.random.default_rng(seed)
+    """One resample, one column, one item, one draw at a time."""
+    num_items, num_draws, num_columns = values.shape
+    items = take(np.random.default_rng(seed), num_items, num_resamples)
+    draws = take(np.random.default_rng([seed, 1]), num_draws, num_resamples)
     found = []
-    for _ in range(num_resamples):
-        drawn = rng.integers(0, len(values), size=len(values))
+    for taken_items, taken_draws in zip(items, draws, strict=True):
         row = []
-        for column in range(values.shape[1]):
-            there = [values[item, column] for item in drawn if not np.isnan(values[item, column])]
+        for column in range(num_columns):
+            cells = [values[item, draw, column] for item in taken_items for draw in taken_draws]
+            there = [cell for cell in cells if not np.isnan(cell)]
             row.append(math.fsum(there) / len(there) if there else math.nan)
         found.append(row)
     return np.array(found)
 
 
-def test_resampling_against_a_loop(monkeypatch):
+@pytest.mark.parametrize("num_draws", [1, 2, 5])
+def test_resampling_against_a_loop(monkeypatch, num_draws):
     rng = np.random.default_rng(1)
-    values = rng.normal(size=(7, 4))
+    values = rng.normal(size=(7, num_draws, 4))
     values[rng.random(values.shape) < 0.3] = np.nan
-    values[1:, 3] = np.nan  # many draws have none of it
+    values[1:, :, 3] = values[:, 1:, 3] = np.nan  # many resamples have none of it
+    values[0, 0, 3] = 1.5
     expected = slow_resample(values, 50, seed=3)
     assert np.isnan(expected[:, 3]).any()
+    assert not np.isnan(expected[:, 3]).all()
     np.testing.assert_allclose(resample_means(values, num_resamples=50, seed=3), expected, 1e-12)
-    # In blocks the same draws.
+    # In blocks the same.
     monkeypatch.setattr("minifuse.evaluation.statistics._BLOCK_LEN", 20)
     np.testing.assert_allclose(resample_means(values, num_resamples=50, seed=3), expected, 1e-12)
     other = resample_means(values, num_resamples=50, seed=4)
     assert not np.allclose(other, expected, equal_nan=True)
 
 
+def test_one_draw_is_the_plain_bootstrap():
+    """As it was before there were draws, to the last number."""
+    values = np.random.default_rng(5).normal(size=(11, 3))
+    rng = np.random.default_rng(8)
+    expected = [values[rng.integers(0, 11, size=11)].mean(axis=0) for _ in range(40)]
+    found = resample_means(values[:, None], num_resamples=40, seed=8)
+    np.testing.assert_allclose(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize(("sd_of_items", "sd_of_draws"), [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5)])
+def test_both_ways_of_varying_are_seen(sd_of_items, sd_of_draws):
+    """Values that are an item's part and a draw's part: the variance of the mean is their sum.
+
+    Of resampled means it is the variance over the given items / I plus that over draws / D; of
+    20,000 the estimate has a relative sd of sqrt(2 / 20,000) = 0.01.
+    """
+    rng = np.random.default_rng(0)
+    of_items, of_draws = rng.normal(0, sd_of_items, 40), rng.normal(0, sd_of_draws, 6)
+    values = (of_items[:, None] + of_draws)[..., None]
+    found = resample_means(values, num_resamples=20_000, seed=1)[:, 0].var()
+    wanted = of_items.var() / 40 + of_draws.var() / 6
+    assert found == pytest.approx(wanted, rel=0.04)
+
+
 def test_intervals_are_percentiles_of_the_resampled_means():
-    values = np.random.default_rng(2).normal(size=(9, 2))
-    values[3, 1] = np.nan
+    values = np.random.default_rng(2).normal(size=(9, 3, 2))
+    values[3, :, 1] = values[4, 0, 1] = np.nan
     expected = slow_resample(values, 200, seed=0)
     for column, found in enumerate(intervals(values, num_resamples=200, seed=0)):
-        assert found["mean"] == pytest.approx(np.nanmean(values[:, column]))
+        assert found["mean"] == pytest.approx(np.nanmean(values[..., column]))
         assert found["low"] == pytest.approx(np.percentile(expected[:, column], 2.5))
         assert found["high"] == pytest.approx(np.percentile(expected[:, column], 97.5))
         assert found["num_items"] == 9 - column
@@ -82,7 +107,7 @@ def test_intervals_are_percentiles_of_the_resampled_means():
 
 def test_where_no_interval_can_be_had():
     nan = math.nan
-    values = np.array([[1.0, nan, nan, 0.0, 1.0], [0.5, 2.0, nan, 0.0, nan]])
+    values = np.array([[1.0, nan, nan, 0.0, 1.0], [0.5, 2.0, nan, 0.0, nan]])[:, None]
     plain, one, none, alike, single = intervals(values, num_resamples=100)
     assert plain["low"] == 0.5
     assert plain["high"] == 1.0
@@ -93,6 +118,9 @@ def test_where_no_interval_can_be_had():
     assert alike == {"mean": 0.0, "low": 0.0, "high": 0.0, "num_items": 2, "note": ALL_ALIKE}
     assert intervals(values[:1])[0]["note"] == ONE_ITEM
     assert intervals(values[:0])[0]["note"] == NO_ITEM
+    # Several draws of one item are still one item.
+    [found] = intervals(np.array([[[1.0], [0.0]], [[nan], [nan]]]), num_resamples=100)
+    assert found == {"mean": 0.5, "low": None, "high": None, "num_items": 1, "note": ONE_ITEM}
 
 
 def test_intervals_cover_the_truth():
@@ -103,10 +131,35 @@ def test_intervals_cover_the_truth():
     rng = np.random.default_rng(0)
     truth = 0.35
     samples = (rng.random((150, 300)) < truth).astype(float)
-    found = intervals(samples, num_resamples=1000, seed=1)
+    found = intervals(samples[:, None], num_resamples=1000, seed=1)
     covered = np.mean([entry["low"] <= truth <= entry["high"] for entry in found])
     sd = math.sqrt(0.95 * 0.05 / 300)
     assert 0.95 - 4 * sd - 0.01 < covered < 0.95 + 4 * sd
+
+
+@pytest.mark.parametrize(
+    ("num_draws", "sd_of_draws", "sd_of_cells", "wanted"),
+    [
+        (5, 0.0, 1.0, (0.95, 1.0)),
+        (5, 0.05, 1.0, (0.95, 1.0)),  # as much of the mean's variance as the items have
+        # Draws alone: 2 * t4(1.96 * sqrt(4 / 5)) - 1, with four df in place of the normal.
+        (5, 1.0, 0.0, (0.845, 0.845)),
+    ],
+)
+def test_two_way_intervals_cover_what_the_docstring_says(
+    num_draws, sd_of_draws, sd_of_cells, wanted
+):
+    """400 runs of 200 items; allowed are 4 sd of the share that covers, and 0.02 for percentiles
+    of few draws, which are no normal quantiles."""
+    rng = np.random.default_rng(0)
+    shape = (200, num_draws, 400)
+    values = rng.normal(0, sd_of_draws, size=(1, *shape[1:])) + rng.normal(0, sd_of_cells, shape)
+    values += rng.normal(0, 1 if sd_of_cells else 0, size=(200, 1, 400))
+    found = intervals(values, num_resamples=500, seed=1)
+    covered = np.mean([entry["low"] <= 0 <= entry["high"] for entry in found])
+    low, high = wanted
+    assert low - 4 * math.sqrt(low * (1 - low) / 400) - 0.02 < covered
+    assert covered < high + 4 * math.sqrt(high * (1 - high) / 400) + 0.02
 
 
 # ---- Tests between methods
@@ -162,10 +215,10 @@ def test_bootstrap_p_agrees_with_the_t_test():
     """500 differences are close to normal; with 20,000 resamples p has a sd below 0.004."""
     rng = np.random.default_rng(0)
     for shift in (0.02, 0.05, 0.09):
-        values = rng.normal(size=(500, 1))
+        values = rng.normal(size=(500, 1, 1))
         values += shift - values.mean()
         found = bootstrap_p(resample_means(values, num_resamples=20_000, seed=1)[:, 0])
-        wanted = scipy.stats.ttest_1samp(values[:, 0], 0).pvalue
+        wanted = scipy.stats.ttest_1samp(values.ravel(), 0).pvalue
         assert found == pytest.approx(wanted, abs=4 * 0.004 + 0.005)
 
 
@@ -204,6 +257,103 @@ def test_where_nothing_can_be_detected():
     assert detectable_mean(0.0, 100) is None
     assert detectable_mean(1.0, 1) is None
     assert detectable_mean(math.nan, 5) is None
+    assert detectable_difference(0.0) is None
+    assert detectable_difference(math.nan) is None
+
+
+# ---- Paired
+
+
+def test_pairs_of_several_draws_by_hand():
+    nan = math.nan
+    first = np.array([[1, 1, 0], [0, 1, 1], [1, 0, nan], [1, 1, 1]])[..., None]
+    second = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, nan, 0]])[..., None]
+    [found] = paired(first, second, [True], num_resamples=300, seed=2)
+    # Both are there in 10 of 12 cells; +1 in five of them, -1 in one.
+    assert found["num_items"] == 4
+    assert found["difference"] == pytest.approx((4 + 1 - 1) / 10)
+    assert found["first_mean"] == pytest.approx(7 / 10)
+    assert found["second_mean"] == pytest.approx(3 / 10)
+    assert found["by_draw"] == pytest.approx([1 / 4, 1 / 3, 2 / 3])
+    assert (found["first_only"], found["second_only"]) == (5, 1)
+    resampled = slow_resample(first - second, 300, seed=2)[:, 0]
+    assert found["low"] == pytest.approx(np.nanpercentile(resampled, 2.5))
+    assert found["high"] == pytest.approx(np.nanpercentile(resampled, 97.5))
+    # McNemar's test knows no draws.
+    assert found["p_mcnemar"] is None
+    assert found["test"] == "paired bootstrap"
+    assert found["p_value"] == found["p_bootstrap"] == bootstrap_p(resampled)
+    z_alpha, z_power = scipy.stats.norm.ppf([0.975, 0.8])
+    wanted = (z_alpha + z_power) * np.nanstd(resampled, ddof=1)
+    assert found["detectable"] == pytest.approx(wanted)
+
+
+def test_pairs_of_one_draw_are_tested_by_their_kind():
+    first, second = np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 1, 0])
+    columns = (np.stack([side, side], axis=-1)[:, None] for side in (first, second))
+    binary, other = paired(*columns, [True, False], num_resamples=100)
+    assert binary["p_value"] == mcnemar(2, 1)
+    assert binary["detectable"] == detectable_share(3 / 4, 4)
+    assert other["p_mcnemar"] is other["first_only"] is None
+    assert other["p_value"] == other["p_bootstrap"] == binary["p_bootstrap"]
+    assert other["detectable"] == detectable_mean((first - second).std(ddof=1), 4)
+    assert binary["by_draw"] == other["by_draw"] == [0.25]
+
+
+def test_differences_that_do_not_vary_say_nothing_of_what_could_be_shown():
+    """0.3 - 0.2 is not 0.1; resampled means differ by rounding."""
+    first, second = np.full((5, 3, 1), 0.3), np.full((5, 3, 1), 0.2)
+    [found] = paired(first, second, [False], num_resamples=100)
+    assert found["detectable"] is None
+    assert found["note"] == ALL_ALIKE
+
+
+def test_draws_of_opposite_signs_widen_the_interval():
+    """Within every draw the items agree; the draws do not."""
+    items = np.random.default_rng(0).normal(0, 0.1, size=(50, 1))
+    alike, apart = (
+        (items + np.array(by_draw))[..., None] for by_draw in ([0.3] * 5, [-0.7, 1.3, 0, 0.6, 0.3])
+    )
+    zero = np.zeros_like(alike)
+    [calm], [torn] = (paired(values, zero, [False]) for values in (alike, apart))
+    assert calm["difference"] == pytest.approx(torn["difference"])
+    assert calm["low"] > 0
+    assert torn["low"] < 0 < torn["high"]
+    assert torn["detectable"] > 5 * calm["detectable"]
+
+
+# ---- Shares of a distance
+
+
+def test_shares_of_a_distance_by_hand():
+    rng = np.random.default_rng(3)
+    reference = rng.normal(size=(6, 2))
+    best = reference + rng.uniform(0.5, 1, size=(6, 2))
+    values = reference + rng.normal(0.2, 0.1, size=(6, 2))
+    values[2, 1] = best[4, 0] = math.nan
+    there = np.ones((6, 2), dtype=bool)
+    there[2, 1] = there[4, 0] = False
+    found = share_of_distance(values, reference, best, num_resamples=200, seed=1)
+    gain, distance = (values - reference)[there].mean(), (best - reference)[there].mean()
+    assert found["share"] == pytest.approx(gain / distance)
+    gains = np.stack([np.where(there, x - reference, math.nan) for x in (values, best)], axis=-1)
+    resampled = slow_resample(gains, 200, seed=1)
+    wanted = np.percentile(resampled[:, 0] / resampled[:, 1], [2.5, 97.5])
+    assert [found["low"], found["high"]] == pytest.approx(wanted)
+    assert share_of_distance(best, reference, best)["share"] == 1.0
+    assert share_of_distance(reference, reference, best)["share"] == 0.0
+
+
+def test_where_there_is_no_distance():
+    zero, one = np.zeros((4, 1)), np.ones((4, 1))
+    assert share_of_distance(one, zero, zero) is None
+    assert share_of_distance(one, one, zero) is None
+    assert share_of_distance(one[:0], zero[:0], one[:0]) is None
+    alone = {"share": 1.0, "low": None, "high": None}
+    assert share_of_distance(one[:1], zero[:1], one[:1]) == alone
+    # One item in four carries all of the distance: a resample without it has none.
+    best = np.array([[1.0], [0], [0], [0]])
+    assert share_of_distance(one, zero, best, num_resamples=200) == alone | {"share": 4.0}
 
 
 # ---- Calibration, agreement, flips
@@ -244,370 +394,8 @@ def test_flips_by_hand():
     nan = math.nan
     before = np.array([1, 1, 0, 0, 0, 1, nan])
     after = np.array([1, 0, 1, 1, 0, nan, 1])
-    assert count_flips(before, after) == {"right_to_wrong": 1, "wrong_to_right": 2, "num_items": 5}
+    assert count_flips(before, after) == {"right_to_wrong": 1, "wrong_to_right": 2, "num_cells": 5}
     # Shares: of the four prompts of an item one is right.
     found = count_flips(np.array([0.25, 0.5]), np.array([1.0, 0.0]))
-    assert found == {"right_to_wrong": 0.5, "wrong_to_right": 0.75, "num_items": 2}
-
-
-# ---- A run
-
-ANSWERS = {True: "Paris", False: "Rome"}
-
-
-def make_records(
-    right: dict[str, list], logprobs: dict[str, list] | None = None, relations: str = ""
-) -> list[dict]:
-    """right: by method one flag per item, for per_prompt one list of flags per item."""
-    records = []
-    for method, flags in right.items():
-        for item, flag in enumerate(flags):
-            prompts = enumerate(flag) if isinstance(flag, list) else [(None, flag)]
-            n = len(right["per_prompt"][item]) if "per_prompt" in right else 2
-            for index, is_right in prompts:
-                logprob = None if method == "vote" else -1.0 - item % 3 - 0.5 * (index or 0)
-                if logprobs and method in logprobs:
-                    logprob = logprobs[method][item]
-                records.append(
-                    {
-                        "id": f"q{item:03}",
-                        "n": n,
-                        "question": f"question {item}",
-                        "relation": relations[item] if relations else None,
-                        "paraphrases": ["x"] * n,
-                        "answers": ["Paris"],
-                        "method": method,
-                        "paraphrase_index": index,
-                        "positions": None,
-                        "prediction": ANSWERS[bool(is_right)],
-                        "token_ids": [1],
-                        "logprobs": [-0.5],
-                        "answer_logprob": logprob,
-                        "prompt_tokens": 10 + item,
-                        "num_streams": 2,
-                        "timings": {"prefill_ms": 4.0, "decode_ms": 1.0},
-                    }
-                )
-    return records
-
-
-RIGHT = {
-    "origin": [1, 1, 0, 0, 1, 0],
-    "per_prompt": [[1, 1], [1, 0], [0, 1], [0, 0], [1, 1], [0, 0]],
-    "logit_avg": [1, 0, 0, 0, 1, 0],
-    "vote": [1, 1, 0, 0, 1, 0],
-    "fused": [1, 1, 1, 0, 0, 1],
-}
-FAST = {"num_resamples": 200, "seed": 0}
-
-
-def summary_of(records: list[dict], **config: object) -> dict:
-    found = summarise(make_table(records, num_processes=1), FAST | config)
-    json.dumps(found, allow_nan=False)
-    return found
-
-
-def test_a_summary_by_hand():
-    found = summary_of(make_records(RIGHT, relations="aabbbb"))
-    assert (found["num_items"], found["n"], found["rule"]) == (6, 2, "match_lemma")
-    assert found["num_resamples"] == 200
-    means = {name: entry["match_lemma"]["mean"] for name, entry in found["methods"].items()}
-    wanted = {"origin": 3, "per_prompt": 3, "logit_avg": 2, "vote": 3, "fused": 4}
-    assert means == {name: pytest.approx(count / 6) for name, count in wanted.items()}
-    assert list(means) == list(wanted)  # the usual order of methods
-    assert found["any_of_n"]["match_lemma"] == pytest.approx(4 / 6)
-    assert found["all_of_n"]["match_lemma"] == pytest.approx(2 / 6)
-    assert found["intervals"]["any_of_n"]["match_lemma"]["low"] < 4 / 6
-
-    single = found["methods"]["per_prompt"]
-    assert single["consistency"] == pytest.approx(4 / 6)
-    spread = single["spread"]
-    assert spread["by_paraphrase"] == pytest.approx([3 / 6, 3 / 6])
-    assert spread["sd"] == 0.0
-    assert (spread["item_best"], spread["item_worst"]) == pytest.approx((4 / 6, 2 / 6))
-    by_logprob = spread["answer_logprob"]
-    assert by_logprob["by_paraphrase"] == pytest.approx([-2.0, -2.5])
-    assert (by_logprob["best"], by_logprob["worst"]) == (-2.0, -2.5)
-    assert by_logprob["mean"] == -2.25
-    assert by_logprob["sd"] == pytest.approx(math.sqrt(0.125))
-
-    fused = found["methods"]["fused"]
-    assert fused["flips_vs_origin"] == {"right_to_wrong": 1, "wrong_to_right": 2, "num_items": 6}
-    # Items 1 and 2 have half of their prompts right.
-    wanted = {"right_to_wrong": 1, "wrong_to_right": 2, "num_items": 6}
-    assert fused["flips_vs_mean_single"] == wanted
-    assert found["methods"]["logit_avg"]["flips_vs_mean_single"]["right_to_wrong"] == 1.0
-    assert single["flips_vs_mean_single"] is None
-    assert found["methods"]["origin"]["flips_vs_origin"] is None
-    assert fused["spread"] is None
-    assert fused["ece"] == pytest.approx(abs(math.exp(-0.5) - 4 / 6))
-    assert sum(entry["count"] for entry in single["calibration"]) == 12
-    assert fused["cost"] == {
-        "num_streams": 2.0,
-        "prompt_tokens": 12.5,
-        "num_tokens": 1.0,
-        "prefill_ms": 4.0,
-        "decode_ms": 1.0,
-    }
-    vote = found["methods"]["vote"]["answer_logprob"]
-    assert (vote["mean"], vote["num_items"]) == (None, 0)
-
-    by_relation = found["by_relation"]
-    assert {name: entry["num_items"] for name, entry in by_relation.items()} == {"a": 2, "b": 4}
-    assert by_relation["b"]["methods"]["fused"]["match_lemma"]["mean"] == 0.5
-    assert by_relation["a"]["methods"]["fused"]["match_lemma"]["note"] == ALL_ALIKE
-
-    assert found["family"] == ["fused - logit_avg", "fused - vote"]
-    assert found["by_n"]["2"]["fused"]["match_lemma"] == fused["match_lemma"]
-    assert set(found["left_out"].values()) == {0}
-
-
-def test_comparisons_by_hand():
-    logprobs = {"fused": [-1, -2, -3, -4, -5, -6], "logit_avg": [-2, -2, -4, -4, -6, -7.5]}
-    found = summary_of(make_records(RIGHT, logprobs))["comparisons"]
-    pairs = [(entry["first"], entry["second"], entry["measure"]) for entry in found]
-    assert pairs == [
-        ("fused", "logit_avg", "match_lemma"),
-        ("fused", "vote", "match_lemma"),
-        ("fused", "logit_avg", "answer_logprob"),  # vote has no log-probability
-    ]
-    accuracy, vote, logprob = found
-    assert (accuracy["first_only"], accuracy["second_only"]) == (3, 1)
-    assert accuracy["difference"] == pytest.approx(2 / 6)
-    assert accuracy["p_value"] == accuracy["p_mcnemar"] == mcnemar(3, 1)
-    assert vote["p_value"] == mcnemar(2, 1)
-    assert [accuracy["p_holm"], vote["p_holm"]] == holm([accuracy["p_value"], vote["p_value"]])
-    assert accuracy["detectable"] == detectable_share(4 / 6, 6)
-
-    differences = np.array([1, 0, 1, 0, 1, 1.5])
-    resampled = slow_resample(differences[:, None], 200, seed=0)[:, 0]
-    assert logprob["difference"] == 0.75
-    assert logprob["low"] == pytest.approx(np.percentile(resampled, 2.5))
-    assert logprob["high"] == pytest.approx(np.percentile(resampled, 97.5))
-    below = sum(value <= 1e-15 for value in resampled)
-    assert logprob["p_value"] == pytest.approx(2 * (1 + below) / 201)
-    assert logprob["p_holm"] == logprob["p_value"]
-    assert logprob["p_mcnemar"] is None
-    assert logprob["detectable"] == pytest.approx(detectable_mean(differences.std(ddof=1), 6))
-
-
-def test_the_family_is_declared_before_the_run():
-    assert declare_family(["fused", "origin", "vote", "fused_auto", "prob_avg"]) == [
-        ["fused", "prob_avg"],
-        ["fused", "vote"],
-        ["fused_auto", "prob_avg"],
-        ["fused_auto", "vote"],
-    ]
-    everything = declare_family([*FUSED, *ENSEMBLES])
-    assert len(everything) == 4 * 7
-    own = [["fused", "per_prompt"], ["fused", "concat"]]
-    found = summary_of(make_records(RIGHT), family=own)
-    assert found["family"] == ["fused - per_prompt"]  # concat was not run
-    accuracy = found["comparisons"][0]
-    # A mean over prompts is not right or wrong.
-    assert accuracy["p_mcnemar"] is None
-    assert accuracy["p_value"] == accuracy["p_bootstrap"]
-    with pytest.raises(UsageError, match="family holds 'fused'; wanted pairs of methods"):
-        summary_of(make_records(RIGHT), family=["fused"])
-
-
-def test_questions_are_what_is_resampled():
-    """Five equal prompts of a question say no more than one of them."""
-    flags = [1, 0, 0, 1, 0, 1, 1, 0]
-    records = make_records({"origin": flags, "per_prompt": [[flag] * 5 for flag in flags]})
-    methods = summary_of(records)["methods"]
-    assert methods["per_prompt"]["match_lemma"] == methods["origin"]["match_lemma"]
-    assert methods["per_prompt"]["consistency"] == 1.0
-
-
-def test_the_order_of_rows_does_not_matter():
-    table = make_table(make_records(RIGHT, relations="aabbbb"))
-    expected = summarise(table, FAST)
-    for seed in range(3):
-        assert summarise(table.sample(frac=1, random_state=seed), FAST) == expected
-    assert summarise(table, FAST | {"seed": 1}) != expected
-
-
-def test_origin_is_the_first_single_prompt():
-    without = {name: flags for name, flags in RIGHT.items() if name != "origin"}
-    with_origin, found = summary_of(make_records(RIGHT)), summary_of(make_records(without))
-    for method in without:
-        flips = found["methods"][method]["flips_vs_origin"]
-        assert flips == with_origin["methods"][method]["flips_vs_origin"]
-        assert flips
-
-
-@pytest.mark.parametrize(
-    ("right", "word"),
-    [
-        ({"fused": [1]}, ONE_ITEM),
-        ({"fused": [1], "per_prompt": [[1]], "logit_avg": [0]}, ONE_ITEM),
-        ({"fused": [1], "vote": [0]}, ONE_ITEM),
-        ({"fused": [0, 0, 0]}, ALL_ALIKE),
-        ({}, None),
-    ],
-)
-def test_hardly_anything(right, word):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = summary_of(make_records(right))
-    assert set(found["methods"]) == set(right)
-    for entry in found["methods"].values():
-        assert entry["match_lemma"]["note"] == word
-        assert (entry["match_lemma"]["low"] is None) == (word == ONE_ITEM)
-    for entry in found["comparisons"]:
-        assert entry["low"] is None
-        assert entry["note"] == ONE_ITEM
-    if "per_prompt" in right:
-        assert found["methods"]["per_prompt"]["consistency"] is None
-        assert found["methods"]["per_prompt"]["spread"]["sd"] is None
-        assert found["any_of_n"]["match_lemma"] == 1.0
-
-
-def test_items_without_paraphrases_do_no_harm():
-    records = [
-        record | {"n": 0, "paraphrases": []} for record in make_records({"fused": [1, 0, 1]})
-    ]
-    found = summary_of(records)
-    assert found["methods"]["fused"]["match_lemma"]["mean"] == pytest.approx(2 / 3)
-    assert found["any_of_n"] == {}
-
-
-def test_what_is_missing_is_counted():
-    """As after a crash: an item without one of its prompts, one without `fused`; and infinities."""
-    records = make_records(RIGHT)
-    gone = {("q001", "per_prompt", 1), ("q004", "fused", None)}
-    records = [r for r in records if (r["id"], r["method"], r["paraphrase_index"]) not in gone]
-    for record in records:
-        if record["id"] == "q000" and record["method"] == "logit_avg":
-            record["answer_logprob"] = -math.inf
-    found = summary_of(records)
-    assert found["left_out"]["per_prompt_incomplete"] == 1
-    assert found["left_out"]["non_finite_logprobs"] == 1
-    assert found["methods"]["per_prompt"]["match_lemma"]["num_items"] == 5
-    assert found["methods"]["per_prompt"]["match_lemma"]["mean"] == pytest.approx(2.5 / 5)
-    # The prompt that is left of the incomplete item counts nowhere.
-    by_paraphrase = found["methods"]["per_prompt"]["spread"]["by_paraphrase"]
-    assert by_paraphrase == pytest.approx([2 / 5, 3 / 5])
-    assert found["methods"]["fused"]["match_lemma"]["num_items"] == 5
-    assert found["methods"]["logit_avg"]["answer_logprob"]["num_items"] == 5
-    counts = {(e["second"], e["measure"]): e["num_items"] for e in found["comparisons"]}
-    assert counts[("logit_avg", "match_lemma")] == 5
-    assert counts[("logit_avg", "answer_logprob")] == 4
-
-
-def test_by_n_is_on_the_items_that_every_n_has():
-    two = make_records({"fused": [1, 0, 1, 0]})
-    five = [record | {"n": 5} for record in make_records({"fused": [1, 1, 0]})]
-    found = summary_of(two + five)
-    assert (found["n"], found["num_items"]) == (5, 3)
-    assert found["left_out"] == {
-        "items_without_n": 1,
-        "items_of_by_n": 1,
-        "per_prompt_incomplete": 0,
-        "non_finite_logprobs": 0,
-    }
-    means = {n: entry["fused"]["match_lemma"]["mean"] for n, entry in found["by_n"].items()}
-    assert means == {"2": pytest.approx(2 / 3), "5": pytest.approx(2 / 3)}
-    assert list(found["by_n"]) == ["2", "5"]
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"rule": "f1"}, "rule is 'f1'; wanted one of match_lemma, match_lemma_both"),
-        ({"num_resamples": 0}, "num_resamples is 0; wanted an integer of at least 1"),
-        ({"seed": -1}, "seed is -1; wanted an integer of at least 0"),
-    ],
-)
-def test_bad_configs(config, message):
-    with pytest.raises(UsageError, match=message):
-        summary_of(make_records(RIGHT), **config)
-
-
-def test_bad_tables():
-    table = make_table(make_records(RIGHT))
-    with pytest.raises(UsageError, match="no column f1, confidence; wanted the table of a run"):
-        summarise(table.drop(columns=["f1", "confidence"]), FAST)
-    twice = pandas.concat([table, table.tail(1)])
-    with pytest.raises(UsageError, match="id 'q005', n 2, method fused twice"):
-        summarise(twice, FAST)
-    with pytest.raises(UsageError, match="paraphrase_index is not below n"):
-        summarise(table.assign(n=1), FAST)
-
-
-def test_other_rules_can_lead():
-    records = make_records({"fused": [1, 1, 0], "vote": [0, 1, 0]})
-    for record in records:
-        record["prediction"] = f"{record['prediction']} or so"
-    found = summary_of(records, rule="match_exact")
-    assert found["methods"]["fused"]["match_lemma"]["mean"] == pytest.approx(2 / 3)
-    assert [entry["measure"] for entry in found["comparisons"]] == ["match_exact"]
-    assert found["comparisons"][0]["difference"] == 0
-
-
-# ---- Two runs
-
-
-def test_two_runs_on_common_items():
-    first = make_table(make_records({"fused": [1, 0, 0, 1, 0], "origin": [1] * 5}))
-    records = make_records({"fused": [1, 1, 1, 0, 1, 1], "vote": [1] * 6})
-    for record in records:
-        if record["id"] == "q004":
-            record["question"] = "another"
-    second = make_table(records)
-    found = compare(first, second, num_resamples=200)
-    json.dumps(found, allow_nan=False)
-    assert (found["num_items"], found["n"]) == (4, 2)
-    assert found["left_out"] == {
-        "items_only_in_a": 0,
-        "items_only_in_b": 1,
-        "items_that_differ": 1,
-        "methods_only_in_a": ["origin"],
-        "methods_only_in_b": ["vote"],
-        "n_only_in_a": [],
-        "n_only_in_b": [],
-    }
-    entries = {entry["measure"]: entry for entry in found["comparisons"]}
-    assert list(entries) == list(MEASURES)
-    exact = entries["match_exact"]
-    assert (exact["method"], exact["a"], exact["b"]) == ("fused", 0.5, 0.75)
-    assert (exact["a_only"], exact["b_only"], exact["difference"]) == (1, 2, 0.25)
-    assert exact["p_value"] == mcnemar(1, 2)
-    assert entries["f1"]["p_mcnemar"] is None
-    assert entries["answer_logprob"]["difference"] == 0
-    assert entries["answer_logprob"]["p_value"] == 1
-
-    turned = {e["measure"]: e for e in compare(second, first, num_resamples=200)["comparisons"]}
-    for measure, entry in entries.items():
-        assert turned[measure]["difference"] == pytest.approx(-entry["difference"])
-        assert turned[measure]["p_value"] == pytest.approx(entry["p_value"])
-        assert turned[measure]["low"] == pytest.approx(-entry["high"])
-
-
-def test_runs_with_nothing_in_common():
-    records = make_records({"fused": [1, 0]})
-    table = make_table(records)
-    with pytest.raises(UsageError, match="the runs used 2 and 5 paraphrases"):
-        compare(table, make_table([record | {"n": 5} for record in records]))
-    with pytest.raises(UsageError, match="share no item: 0 ids are in both"):
-        compare(table, make_table([record | {"id": record["id"] + "x"} for record in records]))
-    with pytest.raises(UsageError, match="share no item: 2 ids are in both"):
-        compare(table, make_table([record | {"answers": ["?"]} for record in records]))
-    with pytest.raises(UsageError, match="share no method: fused, and vote"):
-        compare(table, make_table([record | {"method": "vote"} for record in records]))
-
-
-def test_holm_is_over_the_methods_of_each_measure():
-    flags = {
-        "fused": [1] * 8 + [0] * 8,
-        "concat": [1] * 5 + [0] * 11,
-        "prob_avg": [0] * 16,
-    }
-    first = make_table(make_records({method: [0] * 16 for method in flags}))
-    found = compare(first, make_table(make_records(flags)), num_resamples=200)["comparisons"]
-    for measure in ("match_exact", "f1"):
-        own = [entry for entry in found if entry["measure"] == measure]
-        assert len(own) == 3
-        wanted = holm([entry["p_value"] for entry in own])
-        assert [entry["p_holm"] for entry in own] == pytest.approx(wanted)
+    assert found == {"right_to_wrong": 0.5, "wrong_to_right": 0.75, "num_cells": 2}
+    assert count_flips(before.reshape(7, 1), after.reshape(7, 1))["num_cells"] == 5

@@ -24,6 +24,7 @@ def make_record(**changes: object) -> dict:
     return {
         "id": "q1",
         "n": 2,
+        "draw": 1,
         "question": "What is the capital of France?",
         "relation": "P36",
         "paraphrases": ["What is the capital of France?", "France's capital?"],
@@ -60,6 +61,7 @@ def test_a_row_by_hand():
     assert row == {
         "id": "q1",
         "n": 2,
+        "draw": 1,
         "method": "fused",
         "relation": "P36",
         "question": "What is the capital of France?",
@@ -125,6 +127,7 @@ def test_rules_can_be_made_anew():
 
 def test_records_are_read_as_they_stand(tmp_path):
     records = [make_record(), make_record(id="q2", extra=[1]), make_record(method="origin")]
+    records.append(make_record(draw=0))
     path = write_records(tmp_path / "records.jsonl", records)
     assert read_records(path) == records
     # The newline at the end may be what is missing.
@@ -157,6 +160,7 @@ def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, cut):
         ("[1]", "line 2: list; wanted a JSON object"),
         ({"id": 7}, "line 2: id is 7; wanted a string"),
         ({"n": 0}, "line 2: n is 0; wanted an integer of at least 1"),
+        ({"draw": -1}, "line 2: draw is -1; wanted an integer of at least 0"),
         ({"n": True}, "line 2: n is True; wanted an integer"),
         ({"answers": "Paris"}, "line 2: answers is 'Paris'; wanted a list of strings"),
         ({"answers": ["Paris", 3]}, "wanted a list of strings"),
@@ -166,7 +170,7 @@ def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, cut):
         ({"prediction": None}, "prediction is None; wanted a string"),
         ({"question": ["x" * 500]}, r"question is \['x{55}\.\.\.; wanted a string"),
         ({"prediction": "\ud83d"}, "line 2: half a surrogate pair; wanted Unicode text"),
-        ({}, "line 2 repeats line 1: id 'q1', n 2, method fused, paraphrase_index None"),
+        ({}, "repeats line 1: id 'q1', n 2, draw 1, method 'fused', paraphrase_index None"),
     ],
 )
 def test_damage_names_file_and_line(tmp_path, line, message):
@@ -179,7 +183,7 @@ def test_damage_names_file_and_line(tmp_path, line, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["id", "answers", "timings"])
+@pytest.mark.parametrize("name", ["id", "draw", "answers", "timings"])
 def test_a_missing_field_is_named(tmp_path, name):
     record = make_record()
     del record[name]

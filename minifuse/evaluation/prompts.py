@@ -318,6 +318,31 @@ def choose_shots(
     return shots, frozenset() if is_apart else frozenset(shot.id for shot in shots)
 
 
+def choose_draws(
+    dataset: Dataset, count: int, seed: int, num_draws: int, *, min_paraphrases: int = 1
+) -> tuple[list[list[Item]], frozenset[str]]:
+    """Several draws of shots, and the ids of all items that are a shot in any of them.
+
+    Draw 0 is what `choose_shots` gives for the seed, whatever the number of draws.
+
+    raises: UsageError where there are not enough shots, or draws that nothing tells apart
+    """
+    if num_draws > 1 and count == 0:
+        raise UsageError(
+            f"{num_draws} draws of 0 shots are asked for; draws differ in their shots alone: ask "
+            "for shots, or for 1 draw"
+        )
+    draws = [
+        choose_shots(dataset, count, _seed_of_draw(seed, draw), min_paraphrases=min_paraphrases)
+        for draw in range(num_draws)
+    ]
+    return [shots for shots, _ in draws], frozenset().union(*(ids for _, ids in draws))
+
+
+def _seed_of_draw(seed: int, draw: int) -> int:
+    return int.from_bytes(_draw(seed, f"draw {draw}", None)[:8]) if draw else seed
+
+
 def _asks(item: Item) -> set[str]:
     return {item.question.casefold(), item.paraphrases[0].casefold()}
 

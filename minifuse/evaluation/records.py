@@ -2,7 +2,7 @@
 
 config.json        what the results depend on; a run is continued only under the same
 environment.json   where it was made
-records.jsonl      one line per answer; the lines of one item and one N are written at once
+records.jsonl      one line per answer; those of one item, one N and one draw are written at once
 """
 
 import contextlib
@@ -16,10 +16,13 @@ from typing import Any
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.files import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 RECORDS_FILE = "records.jsonl"
+
+# What tells one group of lines from another: they are written together, or not at all.
+_UNIT = ("id", "n", "draw")
 
 # What may differ between the call that began a run and one that goes on with it.
 _FREE_FIELDS = frozenset(["command", "batch_size"])
@@ -28,7 +31,7 @@ _FREE_FIELDS = frozenset(["command", "batch_size"])
 class RunFolder:
     """An open run folder; used as a context.
 
-    done: (id, n) of the items whose lines are there
+    done: (id, n, draw) of the items whose lines are there
     """
 
     def __init__(self, path: Path, config: dict[str, Any], *, resume: bool):
@@ -38,7 +41,7 @@ class RunFolder:
                 MinifuseError where it cannot be read or written
         """
         self.path = path
-        self.done: set[tuple[str, int]] = set()
+        self.done: set[tuple[str, int, int]] = set()
         config = json.loads(json.dumps(config | {"format": FORMAT}))  # as it will be read
         with self._as_error():
             if (path / CONFIG_FILE).exists():
@@ -64,7 +67,7 @@ class RunFolder:
         self._file.close()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write the lines of one item and one N: all of them, or none.
+        """Write the lines of one item, one N and one draw: all of them, or none.
 
         raises: MinifuseError where the disk is full, say
         """
@@ -80,7 +83,7 @@ class RunFolder:
             except BaseException:  # an interrupt, too, must leave whole items
                 self._file.truncate(end)
                 raise
-        self.done.add((records[0]["id"], records[0]["n"]))
+        self.done.add(_unit_of(records[0]))
 
     def _begin(self, config: dict[str, Any]) -> None:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -96,7 +99,7 @@ class RunFolder:
         """Find the items that are whole; what a killed process left of the next one is cut off."""
         self._file.seek(0)
         position = whole = 0
-        group: tuple[str, int] | None = None
+        group: tuple[str, int, int] | None = None
         left = 0
         for number, line in enumerate(self._file.read().splitlines(keepends=True), 1):
             position += len(line)
@@ -108,7 +111,7 @@ class RunFolder:
                         "changed by something else"
                     )
                 break
-            key = (record["id"], record["n"])
+            key = _unit_of(record)
             if key != group:
                 group, left = key, record["lines"]
             left -= 1
@@ -183,6 +186,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _unit_of(record: dict[str, Any]) -> tuple[str, int, int]:
+    return tuple(record[name] for name in _UNIT)
+
+
 def _dump(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
@@ -192,5 +199,5 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    is_record = isinstance(record, dict) and {"id", "n", "lines"} <= record.keys()
+    is_record = isinstance(record, dict) and {*_UNIT, "lines"} <= record.keys()
     return record if is_record and line.endswith(b"\n") else None

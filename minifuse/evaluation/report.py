@@ -7,6 +7,7 @@ What is read of the summary (all of it may be missing or null, and is then left 
     methods.METHOD.MEASURE.{mean, low, high}       the main table; MEASURES lists the measures
     intervals.{any_of_n, all_of_n}.MEASURE         the same of each item's best, worst paraphrase
     methods.METHOD.{flips_vs_origin, flips_vs_mean_single}.{right_to_wrong, wrong_to_right}
+    methods.METHOD.share_of_distance.{reference, share, low, high}
     methods.METHOD.ece, .calibration[].{count, confidence, accuracy}
     methods.METHOD.cost.{num_streams, prompt_tokens, num_tokens, prefill_ms, decode_ms}
     methods.per_prompt.consistency, .spread.{measure, mean, best, worst, sd, item_best,
@@ -14,13 +15,13 @@ What is read of the summary (all of it may be missing or null, and is then left 
     by_n.N.METHOD.MEASURE                          accuracy against N
     by_relation.RELATION.{num_items, methods.METHOD.MEASURE}
     comparisons[].{first, second, measure, difference, low, high, p_mcnemar, p_bootstrap, p_holm,
-        detectable}
+        detectable, by_draw[]}
     family[]                                       how many pairs Holm adjusts over
 
 of the config: dataset, model, dtype, command, and all else as it stands; of the environment: as it
-stands. Heat map, agreement and examples come from the table, for the largest n in it; read are
-id, n, method, paraphrase_index, relation, question, paraphrases, answers, prediction,
-answer_logprob and the rule.
+stands. Heat map, agreement and examples come from the table, for the largest n in it, and heat map
+and examples for the first draw of shots alone; read are id, n, draw, method, paraphrase_index,
+relation, question, paraphrases, answers, prediction, answer_logprob and the rule.
 """
 
 import itertools
@@ -75,13 +76,15 @@ def write_report(
     """Write the report of a run; the same input gives the same bytes.
 
     table:       one row per record, lists as lists
-    summary:     as `statistics.summarise` returns it, or as read back from summary.json
+    summary:     as `summary.summarise` returns it, or as read back from summary.json
     config:      of the run folder; `command` is the command that repeats the run
     environment: of the run folder
     raises:      MinifuseError where the file cannot be written
     """
     counts = sorted({int(count) for count in table["n"]})
     rows = table[table["n"] == counts[-1]] if counts else table
+    draws = sorted({int(draw) for draw in rows["draw"]})
+    first_draw = rows[rows["draw"] == draws[0]] if draws else rows
     present = set(rows["method"])
     methods = [method.value for method in FusionMethod if method in present]
     rule = _get(summary, "rule") or "match_lemma"
@@ -99,14 +102,20 @@ def write_report(
         shown=shown,
         best=_best(summary, methods),
         counts=counts,
+        draws=draws,
+        distances=[
+            method
+            for method in methods
+            if _get(summary, "methods", method, "share_of_distance", "share") is not None
+        ],
         num_items=_get(summary, "num_items") or rows["id"].nunique(),
         curves=_curves(summary, methods, counts, shown),
-        heat_map=_heat_map(rows, rule),
+        heat_map=_heat_map(first_draw, rule),
         agreement=_agreement(rows, methods),
         cost_plot=_cost_plot(summary, methods, rule),
         relations=_relations(summary),
         calibration=_calibration(summary, methods),
-        examples=_examples(rows, methods, rule),
+        examples=_examples(first_draw, methods, rule),
         get=_get,
     )
     try:
@@ -268,13 +277,15 @@ def _label(text: str) -> str:
 def _agreement(rows: pandas.DataFrame, methods: Sequence[str]) -> Markup | None:
     """How often two methods give the same answer after normalisation; empty ones never agree.
 
-    `per_prompt` gives several: the share of its answers, and with itself the share of its pairs.
+    Over items and draws. `per_prompt` gives several answers: the share of those, and with itself
+    the share of its pairs.
     """
     if len(methods) < 2:
         return None
     answers: dict[str, dict[object, list[str]]] = {method: {} for method in methods}
-    for method, id, prediction in zip(rows["method"], rows["id"], rows["prediction"], strict=True):
-        answers[method].setdefault(id, []).append(normalize_answer(prediction))
+    columns = (rows[name] for name in ("method", "id", "draw", "prediction"))
+    for method, id, draw, prediction in zip(*columns, strict=True):
+        answers[method].setdefault((id, draw), []).append(normalize_answer(prediction))
     values = [
         [_mean_agreement(answers[first], answers[second]) for second in methods]
         for first in methods
@@ -286,13 +297,13 @@ def _agreement(rows: pandas.DataFrame, methods: Sequence[str]) -> Markup | None:
 
 def _mean_agreement(first: Mapping, second: Mapping) -> float | None:
     shares = []
-    for id in first.keys() & second.keys():
+    for cell in first.keys() & second.keys():
         pairs = [
             bool(one) and one == other
-            for place, one in enumerate(first[id])
-            for other_place, other in enumerate(second[id])
+            for place, one in enumerate(first[cell])
+            for other_place, other in enumerate(second[cell])
             # An answer's agreement with itself says something only where it is the only one.
-            if first is not second or len(first[id]) == 1 or place != other_place
+            if first is not second or len(first[cell]) == 1 or place != other_place
         ]
         shares.append(sum(pairs) / len(pairs))
     return math.fsum(shares) / len(shares) if shares else None

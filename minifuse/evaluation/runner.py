@@ -1,7 +1,7 @@
 """Runs a data set through the engine: all methods from one prefill, items in batches.
 
 Nothing here knows how answers are scored: it writes what the model said, and how likely it finds
-the gold answers. `tables` and `statistics` make sense of that afterwards.
+the gold answers. `tables` and `summary` make sense of that afterwards.
 """
 
 import sys
@@ -41,7 +41,7 @@ class RunPlan:
 def run_items(
     fuser: Fuser,
     items: Sequence[Item],
-    builder: PromptBuilder,
+    builders: Sequence[PromptBuilder],
     plan: RunPlan,
     folder: RunFolder,
     *,
@@ -49,30 +49,44 @@ def run_items(
 ) -> None:
     """Answer and score every item that the folder lacks; each is written as soon as it is there.
 
+    builders: one for every draw of shots. A draw's items stay together, so that its prefix is
+              computed once
     raises: UsageError where an item has too few paraphrases, or a prompt does not fit;
             MinifuseError where the folder cannot be written
     """
     import tqdm
 
     todo = [
-        (item, count)
-        for count in plan.counts
-        for item in items
-        if (item.id, count) not in folder.done
+        (draw, batch)
+        for draw in range(len(builders))
+        for batch in _make_batches(items, plan.counts, draw, folder, batch_size)
     ]
-    total = len(items) * len(plan.counts)
+    total = len(items) * len(plan.counts) * len(builders)
+    left = sum(len(batch) for _, batch in todo)
     hits: dict[str, list[bool]] = {}
     with tqdm.tqdm(
-        total=total, initial=total - len(todo), unit="item", file=sys.stderr, smoothing=0.1
+        total=total, initial=total - left, unit="item", file=sys.stderr, smoothing=0.1
     ) as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            for records in _run_batch(fuser, batch, builder, plan, batch_size):
-                folder.append(records)
+        for draw, batch in todo:
+            for records in _run_batch(fuser, batch, builders[draw], plan, batch_size):
+                folder.append([record | {"draw": draw} for record in records])
                 _count_hits(hits, records)
                 bar.update()
             bar.set_postfix_str(_describe_hits(hits))
             check_interrupt()
+
+
+def _make_batches(
+    items: Sequence[Item], counts: Sequence[int], draw: int, folder: RunFolder, batch_size: int
+) -> list[list[tuple[Item, int]]]:
+    """What the folder lacks of a draw, each item with its number of paraphrases."""
+    todo = [
+        (item, count)
+        for count in counts
+        for item in items
+        if (item.id, count, draw) not in folder.done
+    ]
+    return [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
 
 
 def _run_batch(

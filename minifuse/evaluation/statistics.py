@@ -1,48 +1,26 @@
-"""Statistics of a run's table: intervals, paired tests, spread over paraphrases, calibration.
+"""Statistics of arrays: intervals, paired tests, detectable differences, calibration, agreement.
 
-Questions are what is sampled: every interval resamples questions, and every test compares two
-methods on the questions that both have answered.
+A cell is what one question gave in one draw of shots. Questions and draws are both samples: every
+interval resamples the questions and, where there are several, the draws.
 """
 
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from minifuse.errors import UsageError
 from minifuse.evaluation.extras import import_extra
-from minifuse.evaluation.matching import BINARY_RULES, RULES
-from minifuse.methods import FusionMethod
 from minifuse.normalize import normalize_answer
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 NUM_RESAMPLES = 10_000
 NUM_BINS = 10
 LEVEL = 0.95
 POWER = 0.8
-LOGPROB = "answer_logprob"
-MEASURES = (*RULES, LOGPROB)
-DEFAULT_RULE = "match_lemma"
 
-ORIGIN, PER_PROMPT = FusionMethod.ORIGIN.value, FusionMethod.PER_PROMPT.value
-FUSED = ("fused", "fused_weighted", "fused_auto", "fused_plain")
-ENSEMBLES = (
-    "logit_avg",
-    "prob_avg",
-    "prob_max",
-    "weighted_avg",
-    "weighted_prob_avg",
-    "weighted_max",
-    "vote",
-)
-
-# Draws of one block of resamples, 32 MB.
+# Numbers in one block of resamples, 32 MB.
 _BLOCK_LEN = 4_000_000
 # Sums of the same numbers in another order differ by less, and count as equal.
 _ROUNDING = 1e-12
@@ -58,34 +36,57 @@ ALL_ALIKE = "all items alike; resampling them shows no width"
 def resample_means(
     values: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """Means of the columns over items drawn with replacement, the same draws for all columns.
+    """Means of the columns over items and draws taken with replacement, the same for all columns.
 
-    values:  f64[I, K]  one row per question, NaN where an item is missing
-    returns: f64[R, K]  NaN where a draw has no item that is there
+    A cell counts as often as its item was taken, times as often as its draw was: the pigeonhole
+    bootstrap (Owen, Annals of Applied Statistics 1 (2007) 386-411). It errs on the wide side, but
+    for few draws that vary more than the items do: the draws' part is then short by a factor of
+    sqrt((D - 1) / D), and of normal instead of t quantiles. With one draw it is the plain
+    bootstrap over items.
+
+    values:  f64[I, D, K]  a row for each question, a layer for each draw, NaN where one is missing
+    returns: f64[R, K]     NaN where a resample has no cell that is there
     """
+    num_items, num_draws, num_columns = values.shape
     is_there = ~np.isnan(values)
-    sums, counts = np.where(is_there, values, 0.0), is_there.astype(float)
-    num_items = len(values)
-    rng = np.random.default_rng(seed)
-    block_len = max(1, _BLOCK_LEN // max(1, num_items))
-    means = np.empty((num_resamples, values.shape[1]))
+    sums = np.where(is_there, values, 0.0).reshape(num_items, -1)
+    counts = is_there.astype(float).reshape(num_items, -1)
+    # Two streams, so that the items taken do not depend on the number of draws.
+    item_rng, draw_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    block_len = max(1, _BLOCK_LEN // max(1, num_items, num_draws * num_columns))
+    means = np.empty((num_resamples, num_columns))
     for start in range(0, num_resamples, block_len):
         num_rows = min(block_len, num_resamples - start)
-        draws = rng.integers(0, num_items, size=(num_rows, num_items))
-        draws += np.arange(num_rows)[:, None] * num_items
-        times = np.bincount(draws.ravel(), minlength=num_rows * num_items)
-        times = times.reshape(num_rows, num_items).astype(float)
+        item_times = _count_taken(item_rng, num_rows, num_items)
+        draw_times = _count_taken(draw_rng, num_rows, num_draws)
+        totals, numbers = (
+            np.einsum(
+                "rd,rdk->rk",
+                draw_times,
+                (item_times @ cells).reshape(num_rows, num_draws, num_columns),
+            )
+            for cells in (sums, counts)
+        )
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as promised
-            means[start : start + num_rows] = (times @ sums) / (times @ counts)
+            means[start : start + num_rows] = totals / numbers
     return means
+
+
+def _count_taken(rng: np.random.Generator, num_rows: int, size: int) -> np.ndarray:
+    """f64[num_rows, size]: how often each of `size` is taken when as many are, with replacement."""
+    taken = rng.integers(0, size, size=(num_rows, size))
+    taken += np.arange(num_rows)[:, None] * size
+    return (
+        np.bincount(taken.ravel(), minlength=num_rows * size).reshape(num_rows, size).astype(float)
+    )
 
 
 def intervals(
     values: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Mean and 95 % percentile bootstrap interval of every column, questions resampled.
+    """Mean over cells and 95 % percentile bootstrap interval of every column.
 
-    values:  f64[I, K]  one row per question, NaN where an item is missing
+    values:  f64[I, D, K]  NaN where a cell is missing
     returns: per column mean, low, high and num_items, with a `note` where an interval would
              mislead; low and high are None for fewer than two items
     """
@@ -95,26 +96,31 @@ def intervals(
 
 
 def _entries(values: np.ndarray, resampled: np.ndarray | None) -> list[dict[str, Any]]:
-    num_items = (~np.isnan(values)).sum(axis=0)
-    means = _means(values)
+    cells = values.reshape(-1, values.shape[-1])
+    num_items = (~np.isnan(values)).any(axis=1).sum(axis=0)
+    means = mean_of(cells)
     ends = None if resampled is None else _quantiles(resampled)
     found = []
     for column, count in enumerate(num_items):
         entry = {"mean": means[column], "low": None, "high": None, "num_items": int(count)}
         if count >= 2:
             entry |= {"low": ends[0, column], "high": ends[1, column]}
-            if np.ptp(values[~np.isnan(values[:, column]), column]) == 0:
+            if np.ptp(cells[~np.isnan(cells[:, column]), column]) == 0:
                 entry["note"] = ALL_ALIKE
         else:
             entry["note"] = ONE_ITEM if count else NO_ITEM
-        found.append(_plain(entry))
+        found.append(to_plain(entry))
     return found
 
 
-def _means(values: np.ndarray) -> np.ndarray:
+def mean_of(values: np.ndarray) -> np.ndarray:
+    """Means of the columns, leaving NaN out; NaN for a column of nothing else.
+
+    values: f64[rows, ...]
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has the mean NaN
-        return np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1], np.nan)
+        return np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
 
 
 def _quantiles(resampled: np.ndarray) -> np.ndarray:
@@ -125,6 +131,38 @@ def _quantiles(resampled: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanquantile(resampled, tails, axis=0)
+
+
+def share_of_distance(
+    values: np.ndarray,
+    reference: np.ndarray,
+    best: np.ndarray,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """How much of the way from the mean of `reference` to that of `best` the mean of values goes.
+
+    0 at the reference, 1 at the best, below 0 behind the reference. The interval is that of the
+    ratio of resampled means.
+
+    values, reference, best: f64[I, D]  cells that one of them lacks are left out
+    returns: share, low, high; low and high are None for fewer than two items, or where a resample
+             leaves no distance to go. None where there is none at all
+    """
+    gains = np.stack([values - reference, best - reference], axis=-1)
+    gains[np.isnan(gains).any(axis=-1)] = np.nan
+    gain, distance = mean_of(gains.reshape(-1, 2))
+    if not distance > 0:
+        return None
+    found = {"share": gain / distance, "low": None, "high": None}
+    if (~np.isnan(gains)).any(axis=(1, 2)).sum() > 1:
+        resampled = resample_means(gains, num_resamples=num_resamples, seed=seed)
+        resampled = resampled[~np.isnan(resampled).any(axis=1)]
+        if (resampled[:, 1] > 0).all():
+            low, high = _quantiles(resampled[:, :1] / resampled[:, 1:])[:, 0]
+            found |= {"low": low, "high": high}
+    return to_plain(found)
 
 
 # ---- Tests
@@ -173,19 +211,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable_mean(sd: float, num_items: int) -> float | None:
-    """The smallest mean difference that this many pairs show with 80 % power at alpha 0.05.
+def detectable_difference(standard_error: float) -> float | None:
+    """The smallest mean difference that is shown with 80 % power at alpha 0.05.
 
-    (z(1 - alpha/2) + z(power)) * sd / sqrt(n): the normal approximation for paired differences
-    (Miller, "Adding Error Bars to Evals", arXiv:2411.00640, power analysis). None where the
-    differences do not vary.
+    (z(1 - alpha/2) + z(power)) * standard error: the normal approximation (Miller, "Adding Error
+    Bars to Evals", arXiv:2411.00640, power analysis). None where the differences do not vary.
+    """
+    if not standard_error > 0:
+        return None
+    z_alpha, z_power = _z_values()
+    return (z_alpha + z_power) * standard_error
+
+
+def detectable_mean(sd: float, num_items: int) -> float | None:
+    """`detectable_difference` of a mean over independent pairs; None for fewer than two.
 
     sd: of the differences of pairs
     """
-    if num_items < 2 or not sd > 0:
-        return None
-    z_alpha, z_power = _z_values()
-    return (z_alpha + z_power) * sd / math.sqrt(num_items)
+    return detectable_difference(sd / math.sqrt(num_items)) if num_items > 1 else None
 
 
 def detectable_share(discordance: float, num_items: int) -> float | None:
@@ -210,6 +253,76 @@ def detectable_share(discordance: float, num_items: int) -> float | None:
 def _z_values() -> tuple[float, float]:
     norm = import_extra("scipy.stats").norm
     return float(norm.ppf((1 + LEVEL) / 2)), float(norm.ppf(POWER))
+
+
+def paired(
+    first: np.ndarray,
+    second: np.ndarray,
+    is_binary: Sequence[bool],
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Difference, interval and tests of first less second, column by column.
+
+    Differences are those of single cells. With one draw, what is right or wrong is tested by
+    McNemar's test, which knows items alone; all else by the paired bootstrap.
+
+    first, second: f64[I, D, K]  NaN where a cell is missing
+    is_binary:     by column, whether its values are right or wrong
+    returns:       per column num_items, first_mean, second_mean, difference, low, high, by_draw
+                   (the mean difference in each draw), first_only and second_only (cells that one
+                   alone has right), p_bootstrap, p_mcnemar, p_value (of `test`) and detectable;
+                   None for what there is not
+    """
+    differences = first - second
+    num_draws = differences.shape[1]
+    resampled = None
+    if len(differences) > 1:
+        resampled = resample_means(differences, num_resamples=num_resamples, seed=seed)
+    by_draw = mean_of(differences)
+    entries = []
+    for column, entry in enumerate(_entries(differences, resampled)):
+        both = ~np.isnan(differences[..., column])
+        a, b = first[both, column], second[both, column]
+        num_items = entry["num_items"]
+        result = {
+            "num_items": num_items,
+            "first_mean": a.mean() if num_items else None,
+            "second_mean": b.mean() if num_items else None,
+            "difference": entry["mean"],
+            "low": entry["low"],
+            "high": entry["high"],
+            "by_draw": by_draw[:, column],
+            "p_bootstrap": bootstrap_p(resampled[:, column]) if num_items > 1 else None,
+            "p_mcnemar": None,
+            "first_only": None,
+            "second_only": None,
+            "detectable": None,
+        }
+        if is_binary[column]:
+            first_only, second_only = int((a > b).sum()), int((b > a).sum())
+            result |= {"first_only": first_only, "second_only": second_only}
+        if is_binary[column] and num_draws == 1:
+            result["test"] = "McNemar, exact"
+            if num_items:
+                discordance = (first_only + second_only) / num_items
+                result["p_mcnemar"] = mcnemar(first_only, second_only)
+                result["detectable"] = detectable_share(discordance, num_items)
+            result["p_value"] = result["p_mcnemar"]
+        else:
+            result["test"] = "paired bootstrap"
+            result["p_value"] = result["p_bootstrap"]
+            if num_items > 1 and num_draws == 1:
+                result["detectable"] = detectable_mean(float(np.std(a - b, ddof=1)), num_items)
+            # What does not vary has no error, whatever rounding makes of it.
+            elif num_items > 1 and entry.get("note") != ALL_ALIKE:
+                error = float(np.nanstd(resampled[:, column], ddof=1))
+                result["detectable"] = detectable_difference(error)
+        if "note" in entry:
+            result["note"] = entry["note"]
+        entries.append(to_plain(result))
+    return entries
 
 
 # ---- What single methods are asked
@@ -239,7 +352,7 @@ def calibration(
             gap = abs(entry["confidence"] - entry["accuracy"])
             error += entry["count"] / len(confidence) * gap
         bins.append(entry)
-    return _plain({"ece": error if len(confidence) else None, "bins": bins})
+    return to_plain({"ece": error if len(confidence) else None, "bins": bins})
 
 
 def agreement(predictions: Sequence[str]) -> float | None:
@@ -253,20 +366,20 @@ def agreement(predictions: Sequence[str]) -> float | None:
 
 
 def count_flips(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """Items that go from right to wrong and from wrong to right between two methods.
+    """Cells that go from right to wrong and from wrong to right between two methods.
 
     A value between 0 and 1 is a mean over single prompts; its counts are those expected of one
-    prompt drawn for each item. Wrong-to-right less right-to-wrong is then the difference in the
-    mean, times the number of items.
+    prompt drawn for each cell. Wrong-to-right less right-to-wrong is then the difference in the
+    mean, times the number of cells.
 
-    before, after: f64[I]  NaN where an item is missing
+    before, after: f64[I, D]  NaN where a cell is missing
     """
     both = ~(np.isnan(before) | np.isnan(after))
     before, after = before[both], after[both]
     return {
         "right_to_wrong": _count(before * (1 - after)),
         "wrong_to_right": _count((1 - before) * after),
-        "num_items": int(both.sum()),
+        "num_cells": int(both.sum()),
     }
 
 
@@ -275,515 +388,12 @@ def _count(shares: np.ndarray) -> int | float:
     return int(total) if total.is_integer() else total
 
 
-def declare_family(methods: Iterable[str]) -> list[list[str]]:
-    """Pairs to be compared, to be written down before a run: fused methods by ensembles."""
-    methods = set(methods)
-    return [
-        [first, second]
-        for first, second in itertools.product(FUSED, ENSEMBLES)
-        if first in methods and second in methods
-    ]
-
-
-# ---- A run
-
-
-@dataclass(frozen=True)
-class _Items:
-    """One value per question, method and measure, NaN where it is missing.
-
-    values:      f64[I, M, K]  over ids, methods and MEASURES; per_prompt is the mean of an item's
-                 prompts
-    single:      f64[I, P, K]  per_prompt by paraphrase index
-    consistency: f64[I]
-    """
-
-    ids: tuple[str, ...]
-    methods: tuple[str, ...]
-    n: int
-    values: np.ndarray
-    single: np.ndarray
-    consistency: np.ndarray
-
-    def of(self, method: str) -> np.ndarray:
-        """f64[I, K] of a method; `origin` is the first single prompt where it was not run."""
-        if method in self.methods:
-            return self.values[:, self.methods.index(method)]
-        if method == ORIGIN and self.single.size:
-            return self.single[:, 0]
-        return np.full((len(self.ids), len(MEASURES)), np.nan)
-
-    def take(self, rows: np.ndarray) -> "_Items":
-        ids = tuple(np.array(self.ids, dtype=object)[rows])
-        parts = (self.values[rows], self.single[rows], self.consistency[rows])
-        return _Items(ids, self.methods, self.n, *parts)
-
-
-def _items_of(table: "DataFrame", n: int, methods: Sequence[str] | None = None) -> _Items:
-    """Sorted by id, so that the order of the rows does not matter.
-
-    An item of which some single prompts are missing has no value for per_prompt.
-    """
-    table = table[table["n"] == n]
-    if methods is None:
-        methods = _ordered(table["method"].unique())
-    ids = sorted(table["id"].unique())
-    row_of = {id: row for row, id in enumerate(ids)}
-    rows = np.array([row_of[id] for id in table["id"]], dtype=int)
-    measured = table[list(MEASURES)].to_numpy(dtype=float, na_value=np.nan)
-    measured[~np.isfinite(measured)] = np.nan
-    names = table["method"].to_numpy()
-
-    single = np.full((len(ids), n, len(MEASURES)), np.nan)
-    consistency = np.full(len(ids), np.nan)
-    values = np.full((len(ids), len(methods), len(MEASURES)), np.nan)
-    for column, method in enumerate(methods):
-        if method != PER_PROMPT:
-            is_own = names == method
-            values[rows[is_own], column] = measured[is_own]
-            continue
-        is_own = names == PER_PROMPT
-        places = table["paraphrase_index"].to_numpy(dtype=float, na_value=np.nan)[is_own]
-        places = places.astype(int)
-        single[rows[is_own], places] = measured[is_own]
-        whole = np.bincount(rows[is_own], minlength=len(ids)) == n
-        single[~whole] = np.nan
-        values[:, column] = single.mean(axis=1)  # of all prompts or none
-        predictions: dict[int, list[str]] = {}
-        for row, text in zip(rows[is_own], table["prediction"][is_own], strict=True):
-            predictions.setdefault(row, []).append(text)
-        for row, texts in predictions.items():
-            share = agreement(texts) if whole[row] else None
-            consistency[row] = math.nan if share is None else share
-    return _Items(tuple(ids), tuple(methods), n, values, single, consistency)
-
-
-def summarise(table: "DataFrame", config: Mapping[str, Any]) -> dict[str, Any]:
-    """All statistics of a run, fit for JSON; null where there is nothing to say.
-
-    The main part is about the largest number of paraphrases in the table, `n`.
-
-    table:  one row per record, as `tables.make_table` gives it
-    config: of the run; read are `seed`, `family` (pairs of methods; `declare_family` of the
-            methods by default), `rule` (of flips, spread, calibration and comparisons;
-            match_lemma by default) and `num_resamples`
-    raises: UsageError for a table or config that does not fit
-    """
-    _check_table(table, "the table")
-    rule = config.get("rule") or DEFAULT_RULE
-    if rule not in BINARY_RULES:
-        raise UsageError(f"rule is {rule!r}; wanted one of {', '.join(BINARY_RULES)}")
-    draw = _draw_options(config)
-    n = int(table["n"].max()) if len(table) else 0
-    main = table[table["n"] == n]
-    items = _items_of(table, n)
-    family = _family_of(config, items.methods)
-    any_of_n, all_of_n = _of_all_prompts(items, draw)
-    spread_of = _spread(items, rule)
-    consistency = intervals(items.consistency[:, None], **draw)[0]
-    methods = {}
-    for method, measured in _measured(items, draw).items():
-        rows = main[main["method"] == method]
-        calibrated = calibration(rows["confidence"], rows[rule])
-        is_single = method == PER_PROMPT
-        methods[method] = {
-            **measured,
-            "num_items": int(rows["id"].nunique()),
-            "spread": spread_of if is_single else None,
-            "consistency": consistency["mean"] if is_single else None,
-            "flips_vs_origin": _flips(items, ORIGIN, method, rule),
-            "flips_vs_mean_single": _flips(items, PER_PROMPT, method, rule),
-            "ece": calibrated["ece"],
-            "calibration": calibrated["bins"],
-            "cost": _costs(rows),
-        }
-    by_n, left_out_of_by_n = _by_n(table, draw)
-    pairs = _compare_pairs(items, family, rule, draw)
-    return _plain(
-        {
-            "num_items": len(items.ids),
-            "n": n,
-            "rule": rule,
-            "num_resamples": draw["num_resamples"],
-            "seed": draw["seed"],
-            "interval": f"{LEVEL:.0%} percentile bootstrap over questions",
-            "methods": methods,
-            "any_of_n": {name: entry["mean"] for name, entry in any_of_n.items()},
-            "all_of_n": {name: entry["mean"] for name, entry in all_of_n.items()},
-            "intervals": {
-                "any_of_n": any_of_n,
-                "all_of_n": all_of_n,
-                "consistency": consistency,
-            },
-            "by_relation": _by_relation(main, items, draw),
-            "family": [f"{first} - {second}" for first, second in family],
-            "comparisons": pairs,
-            "by_n": by_n,
-            "left_out": {
-                "items_without_n": int(table["id"].nunique()) - len(items.ids),
-                "items_of_by_n": left_out_of_by_n,
-                "per_prompt_incomplete": _num_incomplete(main, items),
-                "non_finite_logprobs": int(np.isinf(_logprobs(main)).sum()),
-            },
-        }
-    )
-
-
-def compare(
-    table_a: "DataFrame",
-    table_b: "DataFrame",
-    *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-) -> dict[str, Any]:
-    """Two runs, method by method and measure by measure, on the items that both have answered.
-
-    Items are common where id, question and answers are equal; all differences are b less a. Holm
-    is over the methods, for each measure by itself.
-
-    returns: num_items, n (the largest that both have), comparisons, and left_out with the counts
-             of what could not be compared
-    raises:  UsageError where nothing is common
-    """
-    _check_table(table_a, "the first table")
-    _check_table(table_b, "the second table")
-    counts_a, counts_b = ({int(n) for n in table["n"]} for table in (table_a, table_b))
-    if not counts_a & counts_b:
-        raise UsageError(
-            f"the runs used {_listed(counts_a)} and {_listed(counts_b)} paraphrases; wanted a "
-            "number that both have"
-        )
-    n = max(counts_a & counts_b)
-    table_a, table_b = table_a[table_a["n"] == n], table_b[table_b["n"] == n]
-    texts_a, texts_b = _texts_by_id(table_a), _texts_by_id(table_b)
-    shared = texts_a.keys() & texts_b.keys()
-    common = {id for id in shared if texts_a[id] == texts_b[id]}
-    if not common:
-        raise UsageError(
-            f"the runs share no item: {len(shared)} ids are in both, with other questions or "
-            "answers; wanted two runs over one data set"
-        )
-    methods_a, methods_b = set(table_a["method"]), set(table_b["method"])
-    methods = _ordered(methods_a & methods_b)
-    if not methods:
-        raise UsageError(
-            f"the runs share no method: {_listed(methods_a)}, and {_listed(methods_b)}"
-        )
-    items_a = _items_of(table_a[table_a["id"].isin(common)], n, methods)
-    items_b = _items_of(table_b[table_b["id"].isin(common)], n, methods)
-    draw = {"num_resamples": num_resamples, "seed": seed}
-    columns = [
-        (method, column) for column in range(len(MEASURES)) for method in range(len(methods))
-    ]
-    entries = _paired(
-        np.stack([items_b.values[:, method, column] for method, column in columns], axis=1),
-        np.stack([items_a.values[:, method, column] for method, column in columns], axis=1),
-        [_is_binary(methods[method], MEASURES[column]) for method, column in columns],
-        draw,
-    )
-    comparisons = []
-    for (method, column), entry in zip(columns, entries, strict=True):
-        named = {"method": methods[method], "measure": MEASURES[column]}
-        means = {"a": entry.pop("second_mean"), "b": entry.pop("first_mean")}
-        counts = {"a_only": entry.pop("second_only"), "b_only": entry.pop("first_only")}
-        comparisons.append({**named, **means, **entry, **counts})
-    comparisons = [entry for entry in comparisons if entry["num_items"]]
-    _adjust(comparisons)
-    return _plain(
-        {
-            "num_items": len(common),
-            "n": n,
-            "num_resamples": num_resamples,
-            "seed": seed,
-            "comparisons": comparisons,
-            "left_out": {
-                "items_only_in_a": len(texts_a.keys() - shared),
-                "items_only_in_b": len(texts_b.keys() - shared),
-                "items_that_differ": len(shared) - len(common),
-                "methods_only_in_a": _ordered(methods_a - methods_b),
-                "methods_only_in_b": _ordered(methods_b - methods_a),
-                "n_only_in_a": sorted(counts_a - counts_b),
-                "n_only_in_b": sorted(counts_b - counts_a),
-            },
-        }
-    )
-
-
-# ---- Parts of a summary
-
-
-def _check_table(table: "DataFrame", name: str) -> None:
-    wanted = (
-        "id",
-        "n",
-        "method",
-        "paraphrase_index",
-        "relation",
-        "question",
-        "answers",
-        "prediction",
-        *MEASURES,
-        "confidence",
-        *_COSTS,
-    )
-    missing = [column for column in wanted if column not in table]
-    if missing:
-        raise UsageError(f"{name} has no column {', '.join(missing)}; wanted the table of a run")
-    is_single = table["method"] == PER_PROMPT
-    key = ["id", "n", "method"]
-    repeated = table.duplicated([*key, "paraphrase_index"]) | (~is_single & table.duplicated(key))
-    if repeated.any():
-        row = table[repeated].iloc[0]
-        raise UsageError(
-            f"{name} holds id {row['id']!r}, n {row['n']}, method {row['method']} twice; wanted "
-            "every record once"
-        )
-    single = table[is_single]
-    if (single["paraphrase_index"].isna() | (single["paraphrase_index"] >= single["n"])).any():
-        raise UsageError(f"{name} has per_prompt rows whose paraphrase_index is not below n")
-
-
-def _draw_options(config: Mapping[str, Any]) -> dict[str, int]:
-    options = {"num_resamples": config.get("num_resamples", NUM_RESAMPLES)}
-    options["seed"] = config.get("seed") or 0
-    for name, smallest in (("num_resamples", 1), ("seed", 0)):
-        value = options[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise UsageError(f"{name} is {value!r}; wanted an integer of at least {smallest}")
-    return options
-
-
-def _family_of(config: Mapping[str, Any], methods: Sequence[str]) -> list[list[str]]:
-    """The declared pairs of methods that were run."""
-    family = config.get("family")
-    if family is None:
-        return declare_family(methods)
-    for pair in family:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UsageError(f"family holds {pair!r}; wanted pairs of methods")
-    return [list(pair) for pair in family if set(pair) <= set(methods)]
-
-
-def _measured(items: _Items, draw: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Intervals of every measure by method."""
-    if not items.methods:
-        return {}
-    found = intervals(items.values.reshape(len(items.ids), -1), **draw)
-    return {
-        method: dict(
-            zip(MEASURES, found[row * len(MEASURES) : (row + 1) * len(MEASURES)], strict=True)
-        )
-        for row, method in enumerate(items.methods)
-    }
-
-
-def _of_all_prompts(items: _Items, draw: Mapping[str, int]) -> tuple[dict, dict]:
-    """By measure: the best and the worst single prompt of every item, averaged over items.
-
-    For a rule that is any-of-N and all-of-N.
-    """
-    if PER_PROMPT not in items.methods:
-        return {}, {}
-    best, worst = items.single.max(axis=1), items.single.min(axis=1)
-    return tuple(
-        dict(zip(MEASURES, intervals(values, **draw), strict=True)) for values in (best, worst)
-    )
-
-
-def _spread(items: _Items, rule: str) -> dict[str, Any] | None:
-    """How far the single prompts lie apart, by `rule` and by log-probability.
-
-    best, worst, sd:       over paraphrase positions, each averaged over items
-    item_best, item_worst: over the paraphrases of each item, then averaged
-    """
-    if PER_PROMPT not in items.methods:
-        return None
-
-    def spread_by(measure: str) -> dict[str, Any]:
-        values = items.single[:, :, MEASURES.index(measure)]
-        positions = _means(values)
-        there = positions[~np.isnan(positions)]
-        return {
-            "mean": there.mean() if there.size else None,
-            "best": there.max() if there.size else None,
-            "worst": there.min() if there.size else None,
-            "sd": there.std(ddof=1) if there.size > 1 else None,
-            "item_best": _means(values.max(axis=1, keepdims=True))[0],
-            "item_worst": _means(values.min(axis=1, keepdims=True))[0],
-            "by_paraphrase": positions,
-        }
-
-    return {**spread_by(rule), "measure": rule, LOGPROB: spread_by(LOGPROB)}
-
-
-def _flips(items: _Items, baseline: str, method: str, rule: str) -> dict[str, float] | None:
-    if method == baseline:
-        return None
-    column = MEASURES.index(rule)
-    flips = count_flips(items.of(baseline)[:, column], items.of(method)[:, column])
-    return flips if flips["num_items"] else None
-
-
-_COSTS = ("num_streams", "prompt_tokens", "num_tokens", "prefill_ms", "decode_ms")
-
-
-def _costs(rows: "DataFrame") -> dict[str, float | None]:
-    """Means over a method's records."""
-    return {name: rows[name].astype(float).mean() for name in _COSTS}
-
-
-def _by_relation(table: "DataFrame", items: _Items, draw: Mapping[str, int]) -> dict[str, Any]:
-    """Intervals by relation and method; items without a relation are in none."""
-    relation_of = dict(zip(table["id"], table["relation"], strict=True))
-    relations = [relation_of[id] for id in items.ids]
-    rows_of: dict[str, list[int]] = {}
-    for row, relation in enumerate(relations):
-        if isinstance(relation, str):
-            rows_of.setdefault(relation, []).append(row)
-    return {
-        relation: {"num_items": len(rows), "methods": _measured(items.take(rows), draw)}
-        for relation, rows in sorted(rows_of.items())
-    }
-
-
-def _by_n(table: "DataFrame", draw: Mapping[str, int]) -> tuple[dict[str, Any], int]:
-    """Intervals by n and method on the items that every n has; how many others there are."""
-    ids_by_n = {int(n): set(rows["id"]) for n, rows in table.groupby("n")}
-    if not ids_by_n:
-        return {}, 0
-    common = set.intersection(*ids_by_n.values())
-    table = table[table["id"].isin(common)]
-    found = {str(n): _measured(_items_of(table, n), draw) for n in sorted(ids_by_n)}
-    return found, len(set.union(*ids_by_n.values())) - len(common)
-
-
-def _compare_pairs(
-    items: _Items, family: Sequence[Sequence[str]], rule: str, draw: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    """The family's pairs by `rule` and by log-probability; Holm over the pairs of each measure."""
-    columns = [(pair, measure) for measure in (rule, LOGPROB) for pair in family]
-    if not columns:
-        return []
-    first, second = (
-        np.stack(
-            [items.of(pair[side])[:, MEASURES.index(measure)] for pair, measure in columns], axis=1
-        )
-        for side in (0, 1)
-    )
-    is_binary = [all(_is_binary(method, measure) for method in pair) for pair, measure in columns]
-    entries = _paired(first, second, is_binary, draw)
-    comparisons = [
-        {"first": pair[0], "second": pair[1], "measure": measure, **entry}
-        for (pair, measure), entry in zip(columns, entries, strict=True)
-        if entry["num_items"]  # `vote` has no log-probability
-    ]
-    _adjust(comparisons)
-    return comparisons
-
-
-def _is_binary(method: str, measure: str) -> bool:
-    """Whether each item is right or wrong; per_prompt's is right in part."""
-    return measure in BINARY_RULES and method != PER_PROMPT
-
-
-def _paired(
-    first: np.ndarray, second: np.ndarray, is_binary: Sequence[bool], draw: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    """Difference, interval and tests of first less second, column by column.
-
-    first, second: f64[I, K]  one row per question
-    """
-    differences = first - second
-    resampled = resample_means(differences, **draw) if len(differences) > 1 else None
-    entries = []
-    for column, entry in enumerate(_entries(differences, resampled)):
-        both = ~np.isnan(differences[:, column])
-        a, b = first[both, column], second[both, column]
-        num_items = len(a)
-        result = {
-            "num_items": num_items,
-            "first_mean": a.mean() if num_items else None,
-            "second_mean": b.mean() if num_items else None,
-            "difference": entry["mean"],
-            "low": entry["low"],
-            "high": entry["high"],
-            "p_bootstrap": bootstrap_p(resampled[:, column]) if num_items > 1 else None,
-            "p_mcnemar": None,
-            "first_only": None,
-            "second_only": None,
-        }
-        if is_binary[column]:
-            first_only, second_only = int((a > b).sum()), int((b > a).sum())
-            result |= {
-                "first_only": first_only,
-                "second_only": second_only,
-                "p_mcnemar": mcnemar(first_only, second_only) if num_items else None,
-                "test": "McNemar, exact",
-                "detectable": detectable_share((first_only + second_only) / num_items, num_items)
-                if num_items
-                else None,
-            }
-            result["p_value"] = result["p_mcnemar"]
-        else:
-            sd = float(np.std(a - b, ddof=1)) if num_items > 1 else 0.0
-            result |= {"test": "paired bootstrap", "detectable": detectable_mean(sd, num_items)}
-            result["p_value"] = result["p_bootstrap"]
-        if "note" in entry:
-            result["note"] = entry["note"]
-        entries.append(_plain(result))
-    return entries
-
-
-def _adjust(comparisons: list[dict[str, Any]]) -> None:
-    """Fill `p_holm` in, over the comparisons of each measure."""
-    for entry in comparisons:
-        entry["p_holm"] = None
-    for measure in {entry["measure"] for entry in comparisons}:
-        tested = [
-            entry
-            for entry in comparisons
-            if entry["measure"] == measure and entry["p_value"] is not None
-        ]
-        for entry, p_holm in zip(tested, holm([e["p_value"] for e in tested]), strict=True):
-            entry["p_holm"] = p_holm
-
-
-def _num_incomplete(table: "DataFrame", items: _Items) -> int:
-    """Items of which only some single prompts are there."""
-    num_rows = table[table["method"] == PER_PROMPT].groupby("id").size()
-    return int((num_rows < items.n).sum())
-
-
-def _logprobs(table: "DataFrame") -> np.ndarray:
-    return table[LOGPROB].to_numpy(dtype=float, na_value=np.nan)
-
-
-def _texts_by_id(table: "DataFrame") -> dict[str, tuple[str, tuple[str, ...]]]:
-    return {
-        id: (question, tuple(answers))
-        for id, question, answers in zip(
-            table["id"], table["question"], table["answers"], strict=True
-        )
-    }
-
-
-def _ordered(methods: Iterable[str]) -> list[str]:
-    """Known methods in their usual order, others after them."""
-    known = [method.value for method in FusionMethod]
-    methods = set(methods)
-    return [name for name in known if name in methods] + sorted(methods - set(known))
-
-
-def _listed(values: Iterable) -> str:
-    return ", ".join(map(str, sorted(values))) or "none"
-
-
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """The same as JSON knows it: plain lists and numbers, None for NaN and infinities."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): to_plain(inner) for key, inner in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(inner) for inner in value]
+        return [to_plain(inner) for inner in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -36,6 +36,7 @@ _TEXTS, _TEXT_LISTS = "texts", "text lists"
 COLUMNS = {
     "id": _TEXT,
     "n": _COUNT,
+    "draw": _COUNT,
     "method": _TEXT,
     "paraphrase_index": _COUNT,
     "relation": _TEXT,
@@ -61,6 +62,8 @@ COLUMNS = {
 }
 # Columns that may be empty; an empty cell of a CSV file is missing here, and "" elsewhere.
 _MAY_BE_MISSING = ("paraphrase_index", "relation", "positions", "answer_logprob")
+# What no two records have in common.
+_KEY = ("id", "n", "draw", "method", "paraphrase_index")
 _DTYPES = {_COUNT: "Int64", _NUMBER: "float64", _FLAG: "bool"}
 
 
@@ -91,11 +94,11 @@ def read_records(path: Path) -> list[dict]:
         if b"\\ud" in line.lower():
             _check_surrogates(record, where)
         _check_record(record, where)
-        key = tuple(record.get(name) for name in ("id", "n", "method", "paraphrase_index"))
+        key = tuple(record[name] for name in _KEY)
         if key in seen:
+            named = ", ".join(f"{name} {record[name]!r}" for name in _KEY)
             raise MinifuseError(
-                f"{where} repeats line {seen[key]}: id {key[0]!r}, n {key[1]}, method {key[2]}, "
-                f"paraphrase_index {key[3]}; wanted every record once"
+                f"{where} repeats line {seen[key]}: {named}; wanted every record once"
             )
         seen[key] = number
         records.append(record)
@@ -129,6 +132,7 @@ _LIST_FIELD = _Field("a list", lambda value: isinstance(value, list))
 _FIELDS = {
     "id": _TEXT_FIELD,
     "n": _Field("an integer of at least 1", lambda value: _is_count(value) and value > 0),
+    "draw": _COUNT_FIELD,
     "method": _TEXT_FIELD,
     "paraphrase_index": _Field("an integer or null", lambda v: v is None or _is_count(v)),
     "relation": _OPTIONAL_TEXT,
