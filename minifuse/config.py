@@ -535,13 +535,14 @@ class FusionConfig:
 
     positions: where a fused view finds its segments (`aligned` or `restart`).
     signal, beta: weights found per item are softmax(beta * signal).
-    balance: scales the bias log(w) that keeps N segments from outweighing the prefix; 1 is exact.
+    balance: together, N segments weigh as N ** (1 - balance) prompts do in the fused methods; 1
+             lets copies weigh as one. None for each method's own: 0.5 of `fused_auto`, 1 of others.
     """
 
     positions: str = "aligned"
     signal: str = "likelihood"
     beta: float = 1.0
-    balance: float = 1.0
+    balance: float | None = None
 
     def __post_init__(self):
         if self.positions not in POSITION_SCHEMES:
@@ -553,7 +554,8 @@ class FusionConfig:
                 f"weights are {self.signal!r}; wanted numbers or one of {', '.join(WEIGHT_SIGNALS)}"
             )
         _check_number("beta", self.beta, -math.inf, math.inf)
-        _check_number("balance", self.balance, -math.inf, math.inf)
+        if self.balance is not None:
+            _check_number("balance", self.balance, -math.inf, math.inf)
 
 
 @dataclass(frozen=True)

@@ -235,11 +235,18 @@ class Fuser:
         """Check, encode and measure a request.
 
         targets: token ids of continuations to score
-        raises:  UsageError for what cannot be run, or needs more positions than the model has.
+        raises:  UsageError for what cannot be run, or needs more positions than the model has; it
+                 names the request where that has an id.
         """
-        job = make_job(self.model.tokenizer, request, plan, self._frame(plan.chat))
-        job.targets = tuple(targets)
-        job.measure(self.model.config.context_length)
+        frame = self._frame(plan.chat)
+        try:
+            job = make_job(self.model.tokenizer, request, plan, frame)
+            job.targets = tuple(targets)
+            job.measure(self.model.config.context_length)
+        except UsageError as error:
+            if request.id is None:
+                raise
+            raise UsageError(f"request {request.id!r}: {error}") from None
         return job
 
     def _frame(self, chat: ChatConfig | None) -> Frame:

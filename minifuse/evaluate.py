@@ -21,6 +21,7 @@ from minifuse.command import Parser, add_model_flags, load_fuser, run_command
 from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig
 from minifuse.errors import UsageError
 from minifuse.evaluation.flags import add_dataset_flags, read_dataset
+from minifuse.jsonl import checked
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -109,7 +110,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=WEIGHT_SIGNALS, help=f"signal of weights (default: {_FUSION.signal})")
     add("--weights-from", type=Path, metavar="FILE.jsonl", help="of python -m minifuse.confidence")
     add("--beta", type=float, default=_FUSION.beta, help="default: %(default)g")
-    add("--balance", type=float, default=_FUSION.balance, help="default: %(default)g")
+    add("--balance", type=float, help="default: 0.5 for fused_auto, else 1")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="default: %(default)s")
     add("--batch-size", type=int, default=8, help="items at once (default: %(default)s)")
     add("--seed", type=int, default=0, help="of shots, items and paraphrases (default: 0)")
@@ -161,7 +162,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     counts = _read_counts(args)
     methods = tuple(str(m) for m in parse_methods(n.strip() for n in args.methods.split(",")))
     FusionConfig(positions=args.positions, beta=args.beta, balance=args.balance)
-    smallest = {"shots": 0, "draws": 1, "batch_size": 1, "max_new_tokens": 1, "limit": 1}
+    smallest = {"seed": 0, "shots": 0, "draws": 1, "batch_size": 1, "max_new_tokens": 1, "limit": 1}
     for name, low in smallest.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -169,15 +170,21 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
             raise UsageError(f"{flag} is {value}; wanted an integer of at least {low}")
     if args.system is not None and not args.chat:
         raise UsageError("--system is for a chat template; wanted --chat beside it")
+    if args.system is not None:
+        checked(args.system, "--system")
     from minifuse.evaluation.extras import import_extra
-    from minifuse.evaluation.prompts import paraphrases_needed
+    from minifuse.evaluation.lemmas import load_pipeline
+    from minifuse.evaluation.prompts import kinds_needed, paraphrases_needed
 
+    # What is missing shows before the work, not after it.
     for package in ("pandas", "pyarrow", "scipy", "matplotlib"):
-        import_extra(package)  # what is missing shows before the work, not after it
+        import_extra(package)
+    load_pipeline(args.spacy_model)
     dataset = read_dataset(
         args,
         paraphrase_file=args.paraphrase_file,
         min_paraphrases=paraphrases_needed(args.choice, max(counts)),
+        min_kinds=kinds_needed(args.choice),
     )
     template, builders, items = _prepare(args, dataset)
     weights = _read_weights(args, items)

@@ -25,7 +25,7 @@ from minifuse.rope import make_inv_freq
 
 PREFILL_SIZES = (128, 512)
 # Several rows make up for shorter calls, and so pad less.
-BATCH_PREFILL_SIZES = (32, 256)
+BATCH_PREFILL_SIZES = (32, 512)
 DECODE_SIZES = (1, 8, 32)
 LABEL_COUNTS = (256, 1024)
 MIN_SLOTS = 1024

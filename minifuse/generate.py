@@ -129,9 +129,8 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--balance",
         type=float,
-        default=_FUSION.balance,
-        help="scale of the bias that keeps N paraphrases from outweighing the prefix "
-        "(default: %(default)g)",
+        help="fused methods attend to N paraphrases as to N**(1 - balance) (default: 0.5 for "
+        "fused_auto, else 1)",
     )
     add(
         "--positions",

@@ -47,7 +47,7 @@ class Options:
     methods: tuple[str, ...]
     positions: str
     beta: float
-    balance: float
+    balance: float | None
     max_new_tokens: int
     temperature: float
     top_k: int

@@ -70,12 +70,17 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """encoding: None leaves it to the request's `positions` setting."""
+    """What a method is made of.
+
+    encoding: None leaves it to the request's `positions` setting
+    balance:  where the request says none, see `_biases`
+    """
 
     sees: Sees
     reduction: Reduction = Reduction.NONE
     weighting: Weighting = Weighting.NONE
     encoding: Encoding | None = Encoding.ALONE
+    balance: float = 1.0
 
 
 SPECS = {
@@ -90,7 +95,9 @@ SPECS = {
     FusionMethod.VOTE: MethodSpec(Sees.EACH),
     FusionMethod.FUSED: MethodSpec(Sees.ALL, weighting=Weighting.UNIFORM, encoding=None),
     FusionMethod.FUSED_WEIGHTED: MethodSpec(Sees.ALL, weighting=Weighting.CHOSEN, encoding=None),
-    FusionMethod.FUSED_AUTO: MethodSpec(Sees.ALL, weighting=Weighting.FOUND, encoding=None),
+    FusionMethod.FUSED_AUTO: MethodSpec(
+        Sees.ALL, weighting=Weighting.FOUND, encoding=None, balance=0.5
+    ),
     FusionMethod.FUSED_PLAIN: MethodSpec(Sees.ALL, encoding=Encoding.SEQUENTIAL),
     FusionMethod.CONCAT: MethodSpec(Sees.ALL, encoding=Encoding.CAUSAL),
 }
@@ -184,20 +191,22 @@ def make_answers(
     weights: SegmentWeights,
     segment_ids: Sequence[tuple[int, ...]],
     positions: Encoding,
-    balance: float,
+    balance: float | None,
 ) -> tuple[Answer, ...]:
     """The answers that a method reads: N for `per_prompt` and `vote`, else one.
 
     segment_ids: the segments' tokens; they break ties between weights, so that the order of the
                  segments never matters
     positions:   where fused views find their segments
-    balance:     factor on the fused methods' bias log(w)
+    balance:     of the fused methods, see `_biases`; None for each one's own
     """
     spec = SPECS[method]
     own = weights.of(spec.weighting)
     everyone = tuple(range(len(segment_ids)))
     if spec.sees is Sees.ALL:
-        biases = tuple(_bias(w, balance) for w in own) if own else (0.0,) * len(everyone)
+        biases = (0.0,) * len(everyone)
+        if own is not None:
+            biases = _biases(own, spec.balance if balance is None else balance)
         view = ViewRequest(spec.encoding or positions, everyone, biases)
         return (Answer(method, None, (view,), spec.reduction),)
     if spec.reduction is not Reduction.NONE:
@@ -213,9 +222,14 @@ def make_answers(
     )
 
 
-def _bias(weight: float, balance: float) -> float:
-    """log(w) scaled; a weight of zero hides its segment, whatever the balance."""
-    return balance * math.log(weight) if weight > 0 else -math.inf
+def _biases(weights: tuple[float, ...], balance: float) -> tuple[float, ...]:
+    """log(w) + (1 - balance) * log(N): together, N segments weigh as N ** (1 - balance) prompts.
+
+    At a balance of 1 copies weigh as one, at 0 each as itself: the answer then attends to the
+    question N times as strongly as behind a single prompt. A weight of zero hides its segment.
+    """
+    lift = (1 - balance) * math.log(len(weights))
+    return tuple(math.log(w) + lift if w > 0 else -math.inf for w in weights)
 
 
 def normalise_weights(weights: Iterable[float], num_segments: int) -> tuple[float, ...]:

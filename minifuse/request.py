@@ -45,7 +45,7 @@ class FusionOptions(TypedDict, total=False):
     methods: str | Iterable[str]
     positions: str
     beta: float
-    balance: float
+    balance: float | None
     chat: bool
     system: str | None
     chat_variables: Mapping[str, object] | None
@@ -67,7 +67,7 @@ class Request:
     """One question in several phrasings; texts are taken verbatim.
 
     weights: one number per segment, or the signal to find them by; None for the default
-    id:      carried along for the caller
+    id:      what errors name it by
     """
 
     segments: Sequence[str]
@@ -97,7 +97,7 @@ def make_plan(
     methods: str | Iterable[str] = (FusionMethod.FUSED,),
     positions: str = FusionConfig.positions,
     beta: float = FusionConfig.beta,
-    balance: float = FusionConfig.balance,
+    balance: float | None = FusionConfig.balance,
     chat: bool = False,
     system: str | None = None,
     chat_variables: Mapping[str, object] | None = None,

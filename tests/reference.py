@@ -198,7 +198,7 @@ class Case:
     weights: tuple[float, ...] | str | None = None
     positions: str = "aligned"
     beta: float = 1.0
-    balance: float = 1.0
+    balance: float | None = None
 
     @property
     def num_segments(self) -> int:
@@ -263,10 +263,13 @@ def fused_parts(
         starts = [start] * count
         view_start = start + max(lengths)
         is_aligned = case.positions == "aligned"
+        balance = case.balance
+        if balance is None:
+            balance = 0.5 if method == "fused_auto" else 1.0
         for i, weight in enumerate(weights):
             turn = max(lengths) - lengths[i] if is_aligned else 0
             if weight > 0:
-                seen[i + 1] = (case.balance * math.log(weight), turn)
+                seen[i + 1] = (math.log(weight * count ** (1 - balance)), turn)
     segments = [Part(b, s, {0: (0.0, 0)}) for b, s in zip(bodies, starts, strict=True)]
     return [Part(case.prefix_ids, 0, {}), *segments, Part(opening + forced, view_start, seen)]
 

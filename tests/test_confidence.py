@@ -298,7 +298,7 @@ def test_an_item_without_room_is_named(confidence, data, tmp_path):
     write_lines(data, rows)
     status, _, error = confidence("--output", str(tmp_path / "out.jsonl"), "--shots", "0")
     assert status == 2
-    assert "error: question 'i1': " in error
+    assert "error: request 'i1': " in error
 
 
 # Files that are continued

@@ -508,7 +508,7 @@ def test_fusion_settings_out_of_range(field, values):
 def test_fusion_settings():
     default = FusionConfig()
     assert (default.positions, default.signal) == ("aligned", "likelihood")
-    assert (default.beta, default.balance) == (1.0, 1.0)
+    assert (default.beta, default.balance) == (1.0, None)
     FusionConfig(positions="restart", signal="confidence", beta=-2, balance=0)
 
 

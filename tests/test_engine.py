@@ -225,7 +225,7 @@ def requests(draw):
         "suffix": text(0, 4),
         "positions": draw(st.sampled_from(["aligned", "restart"])),
         "beta": draw(st.sampled_from([1.0, 0.5, 3.0, -1.0])),
-        "balance": draw(st.sampled_from([1.0, 1.0, 0.5, 0.0])),
+        "balance": draw(st.sampled_from([None, 1.0, 0.5, 0.0])),
     }
     if not request["suffix"]:
         # A view of several segments then needs their last tokens to be the same.

@@ -181,7 +181,7 @@ def test_resume_wants_the_same_configuration(run, model, tmp_path, capsys):
     assert main(flags(model, copy)) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(flags(model, copy, "--resume", "--seed", "1")) == 2
-    assert "was made with" in capsys.readouterr().err
+    assert "was made with seed 0, and this call has 1" in capsys.readouterr().err
     assert main(flags(model, copy, "--resume", "--draws", "2")) == 2
     assert "was made with draws 1, and this call has 2" in capsys.readouterr().err
     before = (copy / RECORDS_FILE).read_bytes()
@@ -345,6 +345,9 @@ BAD_USAGE = [
     (["--system", "x"], "--system is for a chat template"),
     (["--beta", "nan"], "beta is nan"),
     (["--choice", "best"], "best"),
+    (["--choice", "mixed:2+1"], "does not tell manual from automatic paraphrases"),
+    (["--seed", "-5"], "--seed is -5"),
+    (["--chat", "--system", "\udcff"], "--system"),
     (["--fields", "x"], "--fields has 'x'"),
     (["--family", "fused"], "--family has 'fused'"),
     (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -361,6 +364,24 @@ def test_bad_usage_is_one_line_and_leaves_nothing(more, message, model, tmp_path
     assert error.startswith("error: ")
     assert re.search(message, error)
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--spacy-model", "xx_missing_sm"], "xx_missing_sm"),
+        (["--chat"], "no chat template"),
+        (["--max-new-tokens", "4000"], "request '[^']+': .* positions"),
+    ],
+)
+def test_what_fails_at_once_leaves_nothing(more, message, model, tmp_path, capsys):
+    """So that the corrected call can have the same --output."""
+    import re
+
+    assert main(flags(model, tmp_path / "run", *more)) in (1, 2)
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
     assert not (tmp_path / "run").exists()
 
 

@@ -556,7 +556,7 @@ def test_an_input_that_grew_is_continued(generate, requests, tmp_path):
         (("--method", "fused,avg"), "made with methods ['fused']"),
         (("--positions", "restart"), "made with positions 'aligned'"),
         (("--dtype", "float32"), "made with dtype 'auto'"),
-        (("--balance", "2"), "made with balance 1.0"),
+        (("--balance", "2"), "made with balance None"),
         (("--suffix", "B:"), "answers another request under id 'paris'"),
         (("--weights", "likelihood"), "answers another request under id 2"),
     ],

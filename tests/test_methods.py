@@ -211,13 +211,20 @@ def test_the_position_setting_changes_no_other_method(method):
     assert answers_of(method, positions=Encoding.ALONE) == answers_of(method)
 
 
-def test_balance_scales_the_bias():
-    for balance in (0.0, 0.5, 2.0):
+def test_balance_says_how_much_the_segments_weigh_together():
+    for balance, total in ((0.0, 3), (0.5, math.sqrt(3)), (1.0, 1), (2.0, 1 / 3)):
         (answer,) = answers_of(M.FUSED_WEIGHTED, balance=balance)
-        wanted = [balance * math.log(w) for w in CHOSEN]
-        assert answer.views[0].biases == pytest.approx(wanted)
+        weights = [math.exp(bias) for bias in answer.views[0].biases]
+        assert sum(weights) == pytest.approx(total)
+        assert [w / total for w in weights] == pytest.approx(CHOSEN)
         for method in OTHERS:
             assert answers_of(method, balance=balance) == answers_of(method)
+
+
+def test_without_a_balance_each_method_has_its_own():
+    for method, own in ((M.FUSED, 1.0), (M.FUSED_WEIGHTED, 1.0), (M.FUSED_AUTO, 0.5)):
+        assert answers_of(method, balance=None) == answers_of(method, balance=own)
+        assert answers_of(method, balance=None) != answers_of(method, balance=0.7)
 
 
 @pytest.mark.parametrize("balance", [0.0, 1.0, -1.0])

@@ -413,7 +413,7 @@ def test_a_question_without_room_is_named(paraphrase, questions, tmp_path):
     write_lines(questions, lines)
     status, _, error = paraphrase("--output", str(tmp_path / "out.jsonl"))
     assert status == 2
-    assert "error: question 'long': " in error
+    assert "error: request 'long': " in error
     assert "positions" in error
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minifuse.errors import CheckpointError, MinifuseError, UsageError
+from minifuse.errors import MinifuseError, UsageError
 from minifuse.evaluation.records import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -114,7 +114,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(UsageError, match="is there and holds no run"):
         RunFolder(tmp_path, CONFIG, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+    with pytest.raises(UsageError, match=r"holds no run: config\.json is missing"):
         read_run(tmp_path)
 
 
@@ -124,11 +124,40 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         RunFolder(tmp_path / "file" / "run", CONFIG, resume=False)
 
 
-def test_lines_that_are_no_records_are_an_error_with_their_number(run):
-    content = (run / RECORDS_FILE).read_text().splitlines()
-    (run / RECORDS_FILE).write_text("\n".join([content[0], "{}", *content[1:]]) + "\n")
+@pytest.mark.parametrize(
+    "change", [{"id": ["a"]}, {"lines": "2"}, {"lines": 0}, {"n": True}, {"draw": -1}, None]
+)
+def test_lines_that_are_no_records_are_an_error_with_their_number(run, change):
+    content = (run / RECORDS_FILE).read_text("utf-8").splitlines()
+    strange = "{}" if change is None else json.dumps(lines_of("c")[0] | change)
+    lines = [content[0], strange, *content[1:]]
+    (run / RECORDS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(MinifuseError, match="line 2 is no record"):
         RunFolder(run, CONFIG, resume=True)
+
+
+def test_lines_that_are_there_twice_are_an_error(run):
+    content = (run / RECORDS_FILE).read_text("utf-8")
+    (run / RECORDS_FILE).write_text(content + content.splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(MinifuseError, match="line 5 is one more record of id 'a', n 2, draw 0"):
+        RunFolder(run, CONFIG, resume=True)
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(UsageError, match="too long"), RunFolder(path, CONFIG, resume=False):
+        raise UsageError("too long")
+    assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), RunFolder(path, CONFIG, resume=False):
+        raise KeyboardInterrupt  # it can be taken up
+    with pytest.raises(UsageError, match="too long"), RunFolder(path, CONFIG, resume=True):
+        raise UsageError("too long")
+    assert path.exists()
+    folder = RunFolder(tmp_path / "other", CONFIG, resume=False)
+    with pytest.raises(UsageError, match="the second is too long"), folder:
+        folder.append(lines_of("a"))
+        raise UsageError("the second is too long")
+    assert read_records(tmp_path / "other") == lines_of("a")
 
 
 def test_a_disk_that_is_full_leaves_whole_items(run, monkeypatch):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from minifuse.command import check_interrupt
-from minifuse.errors import MinifuseError
 from minifuse.jsonl import ResultsFile, Unit, read_json_lines
 
 if TYPE_CHECKING:
@@ -81,29 +80,14 @@ def groups_of(work: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def answer_batch(
     fuser: "Fuser", requests: "Sequence[Request]", *, rows: int = 0, **options: Any
 ) -> "list[Results]":
-    """All requests at once; an error that one of them causes names its id.
+    """All requests at once.
 
     rows:   fill the batch up to so many, by asking the first request again: a smaller batch would
             have graphs of its own to compile
     raises: as `Fuser.generate_batch`
     """
     filled = [*requests, *[requests[0]] * (rows - len(requests))]
-    try:
-        results = fuser.generate_batch(filled, batch_size=len(filled), **options)
-        return results[: len(requests)]
-    except MinifuseError as error:
-        raise _name_request(fuser, requests, options, error) from None
-
-
-def _name_request(
-    fuser: "Fuser", requests: "Sequence[Request]", options: dict, error: MinifuseError
-) -> MinifuseError:
-    for request in requests:
-        try:
-            fuser.generate_batch([request], **options)
-        except MinifuseError as own:
-            return type(own)(f"question {request.id!r}: {own}")
-    return error  # only together do they ask for too much
+    return fuser.generate_batch(filled, batch_size=len(filled), **options)[: len(requests)]
 
 
 def derive_seed(seed: int, *place: object) -> int:

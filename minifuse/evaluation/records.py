@@ -42,6 +42,7 @@ class RunFolder:
         """
         self.path = path
         self.done: set[tuple[str, int, int]] = set()
+        self._is_new = False
         config = json.loads(json.dumps(config | {"format": FORMAT}))  # as it will be read
         with self._as_error():
             if (path / CONFIG_FILE).exists():
@@ -63,8 +64,13 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Close it; a run that this call began and that failed at once leaves nothing behind."""
         self._file.close()
+        if self._is_new and not self.done and isinstance(error, Exception):
+            for name in (CONFIG_FILE, RECORDS_FILE, ENVIRONMENT_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the lines of one item, one N and one draw: all of them, or none.
@@ -94,6 +100,7 @@ class RunFolder:
         temporary = self.path / f".{CONFIG_FILE}.{os.getpid()}"
         write_json(temporary, config)
         temporary.replace(self.path / CONFIG_FILE)
+        self._is_new = True
 
     def _take_up(self) -> None:
         """Find the items that are whole; what a killed process left of the next one is cut off."""
@@ -112,6 +119,11 @@ class RunFolder:
                     )
                 break
             key = _unit_of(record)
+            if key in self.done:
+                raise MinifuseError(
+                    f"{self.path / RECORDS_FILE}, line {number} is one more record of id "
+                    f"{key[0]!r}, n {key[1]}, draw {key[2]}; the file was changed by something else"
+                )
             if key != group:
                 group, left = key, record["lines"]
             left -= 1
@@ -131,8 +143,12 @@ class RunFolder:
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Config and environment of a run.
 
-    raises: CheckpointError where the folder is no run; UsageError where another version wrote it
+    raises: UsageError where the folder is no run, or another version wrote it; CheckpointError
+            where it is damaged
     """
+    for name in (CONFIG_FILE, ENVIRONMENT_FILE):
+        if not (path / name).is_file():
+            raise UsageError(f"{path} holds no run: {name} is missing; wanted a run's --output")
     config = read_json(path / CONFIG_FILE)
     _check_format(path, config)
     return config, read_json(path / ENVIRONMENT_FILE)
@@ -173,7 +189,8 @@ def _check_format(path: Path, config: dict[str, Any]) -> None:
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     _check_format(path, before)
-    for name in sorted((before.keys() | now.keys()) - _FREE_FIELDS):
+    names = (before.keys() | now.keys()) - _FREE_FIELDS
+    for name in sorted(names, key=lambda name: (name.endswith("_hash"), name)):  # options first
         if before.get(name) != now.get(name):
             raise UsageError(
                 f"{path} was made with {name} {_short(before.get(name))}, and this call has "
@@ -199,5 +216,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    is_record = isinstance(record, dict) and {*_UNIT, "lines"} <= record.keys()
+    counts = {"n": 1, "draw": 0, "lines": 1}
+    is_record = (
+        isinstance(record, dict)
+        and isinstance(record.get("id"), str)
+        and all(type(record.get(name)) is int and record[name] >= counts[name] for name in counts)
+    )
     return record if is_record and line.endswith(b"\n") else None

@@ -19,6 +19,8 @@ from minifuse.normalize import normalize_answer
 from minifuse.request import Request
 from minifuse.results import Generation
 
+SORTED_BATCHES = 16
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -79,14 +81,27 @@ def run_items(
 def _make_batches(
     items: Sequence[Item], counts: Sequence[int], draw: int, folder: RunFolder, batch_size: int
 ) -> list[list[tuple[Item, int]]]:
-    """What the folder lacks of a draw, each item with its number of paraphrases."""
+    """What the folder lacks of a draw, each item with its number of paraphrases.
+
+    The items of a few batches go by their length: those of one batch then need little padding.
+    """
     todo = [
         (item, count)
         for count in counts
         for item in items
         if (item.id, count, draw) not in folder.done
     ]
-    return [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    size = SORTED_BATCHES * batch_size
+    near = [
+        sorted(todo[start : start + size], key=_length_of) for start in range(0, len(todo), size)
+    ]
+    ordered = [entry for group in near for entry in group]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _length_of(entry: tuple[Item, int]) -> int:
+    item, count = entry
+    return sum(map(len, item.paraphrases[:count]))
 
 
 def _run_batch(
@@ -142,7 +157,7 @@ def _make_request(
     weights = plan.weights
     if isinstance(weights, Mapping):
         weights = weights_of(weights, item.id, indices, len(item.paraphrases))
-    return Request(prompt.segments, prompt.prefix, prompt.suffix, weights)
+    return Request(prompt.segments, prompt.prefix, prompt.suffix, weights, id=item.id)
 
 
 def _make_records(common: dict, results: Results, scores: Scores, *, num_rows: int) -> list[dict]:
