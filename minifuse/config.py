@@ -541,7 +541,7 @@ class FusionConfig:
 
     positions: str = "aligned"
     signal: str = "likelihood"
-    beta: float = 1.0
+    beta: float = 0.5
     balance: float | None = None
 
     def __post_init__(self):

@@ -34,7 +34,14 @@ from minifuse.executor import (
 )
 from minifuse.layout import Encoding, PackedPrompt, Part, Span, View
 from minifuse.loader import LoadedModel, free_memory, load_model
-from minifuse.methods import SPECS, FusionMethod, Weighting, parse_methods, single_view
+from minifuse.methods import (
+    SPECS,
+    FusionMethod,
+    SegmentWeights,
+    Weighting,
+    parse_methods,
+    single_view,
+)
 from minifuse.request import (
     AnswerState,
     Frame,
@@ -56,6 +63,8 @@ STORED_PREFIXES = 4
 LOGIT_ROWS = 64
 
 Results = dict[str, Generation | list[Generation]]
+# By the number of segments that were asked with.
+CountedResults = dict[int, Results]
 # A number per continuation; for `per_prompt` such a list for each segment.
 Scores = dict[str, list[float] | list[list[float]]]
 
@@ -135,8 +144,8 @@ class Fuser:
         size = self._size_of([job])
 
         def first_result() -> Generator[StreamEvent, None, Results]:
-            results = yield from self._run([job], size)
-            return results[0]
+            (results,) = yield from self._run([job], size)
+            return results[job.num_segments]
 
         return first_result()
 
@@ -150,7 +159,8 @@ class Fuser:
         """
         plan = make_plan(**options)
         jobs = [self._make_job(request, plan) for request in requests]
-        return self._run_batches(jobs, batch_size)
+        results = self._run_batches(jobs, batch_size)
+        return [result[job.num_segments] for result, job in zip(results, jobs, strict=True)]
 
     def generate_and_score(
         self,
@@ -158,14 +168,18 @@ class Fuser:
         continuations: Sequence[Sequence[str]],
         *,
         batch_size: int = 8,
+        counts: Sequence[int] | None = None,
         **options: Unpack[Options],
-    ) -> list[tuple[Results, Scores]]:
+    ) -> list[dict[int, tuple[Results, Scores]]]:
         """What `generate_batch` gives, and `score` besides, from the same prefill.
 
         continuations: texts to score for each request, at least one
+        counts:        numbers of segments, from the first one on, to ask with: each as if there
+                       were no others (but for dynamic RoPE, which goes by the longest), and what
+                       they have in common is run once; None for all segments alone
         batch_size:    rows of every batch; what requests leave empty is padding, so that one set
                        of graphs serves all batches
-        returns:       a pair for each request; `vote` has no scores
+        returns:       for each request a pair by number of segments; `vote` has no scores
         """
         if len(requests) != len(continuations):
             raise UsageError(
@@ -173,16 +187,21 @@ class Fuser:
                 "continuations; wanted one for each request"
             )
         plan = make_plan(**options)
+        if counts is not None and plan.generation.temperature > 0:
+            raise UsageError("counts are for greedy answers: draws would depend on the segments")
         jobs = [
-            self._make_job(request, plan, encode_continuations(self.model.tokenizer, texts))
+            self._make_job(request, plan, encode_continuations(self.model.tokenizer, texts), counts)
             for request, texts in zip(requests, continuations, strict=True)
         ]
-        results = self._run_batches(jobs, batch_size, is_padded=True)
-        return [(result, _scores_of(job)) for result, job in zip(results, jobs, strict=True)]
+        batches = self._run_batches(jobs, batch_size, is_padded=True)
+        return [
+            {count: (results[count], _scores_of(job, count)) for count in job.counts}
+            for results, job in zip(batches, jobs, strict=True)
+        ]
 
     def _run_batches(
         self, jobs: Sequence[Job], batch_size: int, *, is_padded: bool = False
-    ) -> list[Results]:
+    ) -> list[CountedResults]:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; wanted an integer of at least 1")
         groups = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -225,22 +244,27 @@ class Fuser:
         with self._session([job], size) as session, torch.inference_mode():
             self._prefill(session, [job])
             self._score(session, [job])
-        return _scores_of(job)
+        return _scores_of(job, job.num_segments)
 
     # Size
 
     def _make_job(
-        self, request: Request, plan: Plan, targets: Sequence[tuple[int, ...]] = ()
+        self,
+        request: Request,
+        plan: Plan,
+        targets: Sequence[tuple[int, ...]] = (),
+        counts: Sequence[int] | None = None,
     ) -> Job:
         """Check, encode and measure a request.
 
         targets: token ids of continuations to score
+        counts:  numbers of segments to ask with
         raises:  UsageError for what cannot be run, or needs more positions than the model has; it
                  names the request where that has an id.
         """
         frame = self._frame(plan.chat)
         try:
-            job = make_job(self.model.tokenizer, request, plan, frame)
+            job = make_job(self.model.tokenizer, request, plan, frame, counts)
             job.targets = tuple(targets)
             job.measure(self.model.config.context_length)
         except UsageError as error:
@@ -439,7 +463,9 @@ class Fuser:
 
     # Decoding
 
-    def _run(self, jobs: Sequence[Job], size: Size) -> Generator[StreamEvent, None, list[Results]]:
+    def _run(
+        self, jobs: Sequence[Job], size: Size
+    ) -> Generator[StreamEvent, None, list[CountedResults]]:
         executor = self.executor
         compile_s, recompiles = executor.compile_s, executor.recompiles
         timings = {"load_s": self.load_s, "compile_s": 0.0, "prefill_ms": 0.0, "decode_ms": []}
@@ -465,9 +491,10 @@ class Fuser:
         for job in jobs:
             result = self._results(job, timings, executor.recompiles - recompiles)
             results.append(result)
-            if FusionMethod.VOTE in result:
-                vote = result[FusionMethod.VOTE]
-                yield StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason)
+            for found in result.values():
+                if FusionMethod.VOTE in found:
+                    vote = found[FusionMethod.VOTE]
+                    yield StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason)
         return results
 
     def _start_answers(self, job: Job) -> None:
@@ -519,18 +546,26 @@ class Fuser:
 
     # Results
 
-    def _results(self, job: Job, timings: dict, recompiles: int) -> Results:
-        results: Results = {}
-        for method, answers in job.consumers.items():
+    def _results(self, job: Job, timings: dict, recompiles: int) -> CountedResults:
+        results: CountedResults = {count: {} for count in job.counts}
+        for (count, method), answers in job.consumers.items():
+            weights = job.weights[count]
             states = [job.states[answer] for answer in answers]
             if method is FusionMethod.VOTE:
                 states = [states[pick_winner([state.builder for state in states])]]
-            made = [self._generation(job, method, s, timings, recompiles) for s in states]
-            results[str(method)] = made if method is FusionMethod.PER_PROMPT else made[0]
+            made = [self._generation(job, method, weights, s, timings, recompiles) for s in states]
+            is_list = method is FusionMethod.PER_PROMPT
+            results[count][str(method)] = made if is_list else made[0]
         return results
 
     def _generation(
-        self, job: Job, method: FusionMethod, state: AnswerState, timings: dict, recompiles: int
+        self,
+        job: Job,
+        method: FusionMethod,
+        weights: SegmentWeights,
+        state: AnswerState,
+        timings: dict,
+        recompiles: int,
     ) -> Generation:
         weighting = SPECS[method].weighting
         layout = state.layout()
@@ -542,8 +577,8 @@ class Fuser:
             logprobs=tuple(state.builder.logprobs),
             finish_reason=state.builder.finish_reason,
             prompt_tokens=sum(len(e.token_ids) for e in layout if e.part is not Part.ANSWER),
-            weights=None if weighting is Weighting.UNIFORM else job.weights.of(weighting),
-            weights_source=job.weights.source_of(weighting),
+            weights=None if weighting is Weighting.UNIFORM else weights.of(weighting),
+            weights_source=weights.source_of(weighting),
             model=self.model.name,
             source=self.model.source,
             dtype=str(self.model.dtype).removeprefix("torch."),
@@ -666,13 +701,14 @@ def _scoring_slots(job: Job) -> int:
     return job.extent.views * sum(longest)
 
 
-def _scores_of(job: Job) -> Scores:
+def _scores_of(job: Job, count: int) -> Scores:
+    """By method, with the first `count` segments."""
     return {
         str(method): [job.scores[answer] for answer in answers]
         if method is FusionMethod.PER_PROMPT
         else job.scores[answers[0]]
-        for method, answers in job.consumers.items()
-        if method is not FusionMethod.VOTE
+        for (own, method), answers in job.consumers.items()
+        if own == count and method is not FusionMethod.VOTE
     }
 
 
@@ -725,7 +761,7 @@ def _extend(job: Job, state: AnswerState, logits: Tensor) -> list[StreamEvent]:
             logprob=logprob,
             finish_reason=builder.finish_reason,
         )
-        for method, answers in job.consumers.items()
+        for (_, method), answers in job.consumers.items()
         if method is not FusionMethod.VOTE and answer in answers
     ]
 

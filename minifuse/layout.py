@@ -117,20 +117,24 @@ class PackedPrompt:
             return None
         return self._encode(Part.PREFIX, None, self.prompt.prefix_ids, 0, {})
 
-    def segment(self, encoding: Encoding, index: int) -> Span:
-        """Segment `index` as `encoding` wants it; encoded, moved or shared."""
+    def segment(self, encoding: Encoding, index: int, count: int | None = None) -> Span:
+        """Segment `index` as `encoding` wants it; encoded, moved or shared.
+
+        count: how many segments, from the first one on, are in sight; None for all
+        """
+        count = count or len(self.prompt.segment_ids)
         # Kept by name too: causal segments ask for all earlier ones.
-        if (encoding, index) not in self._shared:
+        if (encoding, index, count) not in self._shared:
             make = self._move_segment if encoding is Encoding.ALIGNED else self._encode_segment
-            self._shared[encoding, index] = make(encoding, index)
-        return self._shared[encoding, index]
+            self._shared[encoding, index, count] = make(encoding, index, count)
+        return self._shared[encoding, index, count]
 
     def view(self, encoding: Encoding, indices: tuple[int, ...], biases: tuple[float, ...]) -> View:
         """The suffix behind some segments; a bias of -inf hides its segment.
 
         raises: UsageError where the suffix is empty and the segments end in different tokens.
         """
-        segments = [self.segment(encoding, i) for i in indices]
+        segments = [self.segment(encoding, i, indices[-1] + 1) for i in indices]
         # Hidden segments keep their place: a weight of zero is the limit of a small one.
         start = max(span.positions.stop for span in segments)
         seen = {
@@ -167,13 +171,13 @@ class PackedPrompt:
         prefix = self.prefix()
         return {prefix.label: 0.0} if prefix else {}
 
-    def _segment_ids(self, encoding: Encoding, index: int) -> tuple[int, ...]:
+    def _segment_ids(self, encoding: Encoding, index: int, count: int) -> tuple[int, ...]:
         """A segment's tokens, less those that its view takes over (see `_view_ids`)."""
         token_ids = self.prompt.segment_ids[index]
         if self.prompt.suffix_ids:
             return token_ids
         runs_on = encoding in (Encoding.SEQUENTIAL, Encoding.CAUSAL)
-        is_last = index == len(self.prompt.segment_ids) - 1
+        is_last = index == count - 1
         return token_ids if runs_on and not is_last else token_ids[:-1]
 
     def _view_ids(self, encoding: Encoding, indices: tuple[int, ...]) -> tuple[int, ...]:
@@ -191,28 +195,29 @@ class PackedPrompt:
             )
         return (last.pop(),)
 
-    def _encode_segment(self, encoding: Encoding, index: int) -> Span:
+    def _encode_segment(self, encoding: Encoding, index: int, count: int) -> Span:
         start = len(self.prompt.prefix_ids)
         sees = self._prefix_rule()
         if encoding is not Encoding.ALONE:
-            start += sum(len(self._segment_ids(encoding, i)) for i in range(index))
+            start += sum(len(self._segment_ids(encoding, i, count)) for i in range(index))
         if encoding is Encoding.CAUSAL:
-            sees |= {self.segment(encoding, i).label: 0.0 for i in range(index)}
-        return self._encode(Part.SEGMENT, index, self._segment_ids(encoding, index), start, sees)
+            sees |= {self.segment(encoding, i, count).label: 0.0 for i in range(index)}
+        token_ids = self._segment_ids(encoding, index, count)
+        return self._encode(Part.SEGMENT, index, token_ids, start, sees)
 
-    def _move_segment(self, _: Encoding, index: int) -> Span:
+    def _move_segment(self, _: Encoding, index: int, count: int) -> Span:
         alone = self.segment(Encoding.ALONE, index)
-        longest = max(
-            len(self._segment_ids(Encoding.ALONE, i)) for i in range(len(self.prompt.segment_ids))
-        )
-        turn = longest - len(alone.token_ids)
+        lengths = [len(self._segment_ids(Encoding.ALONE, i, count)) for i in range(count)]
+        turn = max(lengths) - len(alone.token_ids)
         if turn == 0 or not alone.token_ids:
             return alone
-        label = self._new_label(self._prefix_rule())
-        position = alone.first_position + turn
-        target = self._place(Part.SEGMENT, index, label, alone.token_ids, position)
-        self.moves.append(Move(alone, target, turn))
-        return target
+        if (Move, index, turn) not in self._shared:
+            label = self._new_label(self._prefix_rule())
+            position = alone.first_position + turn
+            target = self._place(Part.SEGMENT, index, label, alone.token_ids, position)
+            self.moves.append(Move(alone, target, turn))
+            self._shared[Move, index, turn] = target
+        return self._shared[Move, index, turn]
 
     def _encode(
         self,

@@ -222,22 +222,25 @@ class Extent:
 class Job:
     """One request while it is answered.
 
-    given_weights: normalised; None leaves them to `signal`
+    counts:        numbers of segments, from the first one on, that are asked with
+    given_weights: for each count, normalised; None leaves them to `signal`
+    weights:       for each count, once they are settled
     targets:       token ids of continuations to score, each answer's in `scores`
     extent:        set by `measure`
-    consumers:     for every method the answers that it reads
+    consumers:     for every count and method the answers that it reads
     """
 
     prompt: Prompt
     plan: Plan
-    given_weights: tuple[float, ...] | None
+    counts: tuple[int, ...]
+    given_weights: dict[int, tuple[float, ...]] | None
     signal: str
     packed: PackedPrompt
-    weights: SegmentWeights
+    weights: dict[int, SegmentWeights] = field(default_factory=dict)
     targets: tuple[tuple[int, ...], ...] = ()
     extent: Extent = Extent(1, 1, 0, 0)
     view_logits: dict[Span, Tensor] = field(default_factory=dict)
-    consumers: dict[FusionMethod, tuple[Answer, ...]] = field(default_factory=dict)
+    consumers: dict[tuple[int, FusionMethod], tuple[Answer, ...]] = field(default_factory=dict)
     states: dict[Answer, AnswerState] = field(default_factory=dict)
     scores: dict[Answer, list[float]] = field(default_factory=dict)
     lines: dict[View, Line] = field(default_factory=dict)
@@ -267,9 +270,9 @@ class Job:
         """Ask for every segment copy that the methods, or the search for weights, will read."""
         for method in self.plan.methods:
             spec = SPECS[method]
-            indices = [0] if spec.sees is Sees.FIRST else range(self.num_segments)
-            for index in indices:
-                self.packed.segment(spec.encoding or self.plan.positions, index)
+            for count in self.counts:
+                for index in [0] if spec.sees is Sees.FIRST else range(count):
+                    self.packed.segment(spec.encoding or self.plan.positions, index, count)
         if self.needs_signal:
             for index in range(self.num_segments):
                 self.packed.segment(Encoding.ALONE, index)
@@ -282,30 +285,32 @@ class Job:
 
     def set_weights(self, values: Tensor | None) -> None:
         """Settle all weights; `values` is the signal f32[N], None where it says nothing."""
-        uniform = self.weights.uniform
-        found = uniform
-        if values is not None:
-            found = tuple(torch.softmax(self.plan.fusion.beta * values.double(), 0).tolist())
-        given = self.given_weights
-        self.weights = SegmentWeights(
-            uniform=uniform,
-            chosen=found if given is None else given,
-            found=found,
-            chosen_source=self.signal if given is None else "given",
-            found_source=self.signal,
-        )
+        for count in self.counts:
+            uniform = found = (1 / count,) * count
+            if values is not None:
+                scaled = self.plan.fusion.beta * values[:count].double()
+                found = tuple(torch.softmax(scaled, 0).tolist())
+            given = None if self.given_weights is None else self.given_weights[count]
+            self.weights[count] = SegmentWeights(
+                uniform=uniform,
+                chosen=found if given is None else given,
+                found=found,
+                chosen_source=self.signal if given is None else "given",
+                found_source=self.signal,
+            )
 
     def place_views(self) -> None:
         """Ask for the views of all answers; the weights must be settled."""
         fusion = self.plan.fusion
         self.consumers = {
-            method: make_answers(
+            (count, method): make_answers(
                 method,
-                self.weights,
-                self.prompt.segment_ids,
+                self.weights[count],
+                self.prompt.segment_ids[:count],
                 self.plan.positions,
                 fusion.balance,
             )
+            for count in self.counts
             for method in self.plan.methods
         }
         for answer in self.answers:
@@ -362,7 +367,8 @@ class Job:
 
         raises: UsageError where an answer needs more than `max_positions`.
         """
-        dry = replace(self, packed=PackedPrompt(self.prompt), consumers={}, states={})
+        packed = PackedPrompt(self.prompt)
+        dry = replace(self, packed=packed, weights={}, consumers={}, states={})
         dry.place_segments()
         dry.place_signal_views()
         # Found weights are not known yet. Uneven ones share the fewest views, and the longest
@@ -389,20 +395,33 @@ class Job:
         self.extent = Extent(dry.packed.num_slots, dry.packed.num_labels, positions, len(views))
 
 
-def make_job(tokenizer: Tokenizer, request: Request, plan: Plan, frame: Frame) -> Job:
+def make_job(
+    tokenizer: Tokenizer,
+    request: Request,
+    plan: Plan,
+    frame: Frame,
+    counts: Sequence[int] | None = None,
+) -> Job:
     """Check and encode a request.
 
-    raises: UsageError for texts or weights that cannot be run.
+    counts: numbers of segments to ask with; None for all alone
+    raises: UsageError for texts, weights or counts that cannot be run.
     """
     prompt = encode_prompt(tokenizer, request, frame)
+    num_segments = len(prompt.segment_ids)
+    counts = (num_segments,) if counts is None else tuple(dict.fromkeys(counts))
+    for count in counts:
+        if not 1 <= count <= num_segments:
+            raise UsageError(f"a count is {count}; wanted 1 to {num_segments}, the segments there")
     signal = plan.fusion.signal
     given = None
     if isinstance(request.weights, str):
         signal = FusionConfig(signal=request.weights).signal
     elif request.weights is not None:
-        given = normalise_weights(request.weights, len(prompt.segment_ids))
-    uniform = (1 / len(prompt.segment_ids),) * len(prompt.segment_ids)
-    return Job(prompt, plan, given, signal, PackedPrompt(prompt), SegmentWeights(uniform))
+        values = tuple(request.weights)
+        normalise_weights(values, num_segments)
+        given = {count: normalise_weights(values[:count], count) for count in counts}
+    return Job(prompt, plan, counts, given, signal, PackedPrompt(prompt))
 
 
 def encode_prompt(tokenizer: Tokenizer, request: Request, frame: Frame) -> Prompt:

@@ -197,7 +197,7 @@ class Case:
     suffix_ids: tuple[int, ...]
     weights: tuple[float, ...] | str | None = None
     positions: str = "aligned"
-    beta: float = 1.0
+    beta: float = 0.5
     balance: float | None = None
 
     @property

@@ -508,7 +508,7 @@ def test_fusion_settings_out_of_range(field, values):
 def test_fusion_settings():
     default = FusionConfig()
     assert (default.positions, default.signal) == ("aligned", "likelihood")
-    assert (default.beta, default.balance) == (1.0, None)
+    assert (default.beta, default.balance) == (0.5, None)
     FusionConfig(positions="restart", signal="confidence", beta=-2, balance=0)
 
 

@@ -1045,7 +1045,9 @@ def test_generate_and_score_is_both(family_fuser):
     assert len(set(lengths)) == 1 < lengths[0]
     both = family_fuser.generate_and_score(requests, texts, batch_size=2, **options)
     scored = [method for method in EVERY_METHOD if method != "vote"]
-    for request, continuations, (results, scores) in zip(requests, texts, both, strict=True):
+    for request, continuations, by_count in zip(requests, texts, both, strict=True):
+        ((count, (results, scores)),) = by_count.items()
+        assert count == len(request.segments)
         own = {"segments": request.segments, "prefix": request.prefix, "suffix": request.suffix}
         assert_same(results, family_fuser.generate(**own, **options))
         alone = family_fuser.score(**own, continuations=continuations, methods=scored)
@@ -1054,6 +1056,48 @@ def test_generate_and_score_is_both(family_fuser):
             torch.testing.assert_close(
                 torch.tensor(values), torch.tensor(alone[method]), atol=TOLERANCE, rtol=0
             )
+
+
+@pytest.mark.parametrize("suffix", ["A:", ""])
+@pytest.mark.parametrize("positions", ["aligned", "restart"])
+@pytest.mark.parametrize("weights", [None, "confidence", (3, 1, 2, 4)], ids=str)
+def test_several_numbers_of_segments_at_once_are_each_alone(fuser, suffix, positions, weights):
+    segments = [*SEGMENTS, "Q: what is the value of this long key, and why not? Why?\n"]
+    request = {"prefix": REQUEST["prefix"], "segments": segments, "suffix": suffix}
+    texts, counts = [" val", "éé"], (2, 4, 1, 3)
+    options = {"methods": "all", "max_new_tokens": 4, "positions": positions}
+    requests = [Request(**request, weights=weights)] * 2
+    both = fuser.generate_and_score(requests, [texts] * 2, counts=counts, batch_size=2, **options)
+    assert list(both[0]) == list(counts)
+    for found in both:
+        for count, (results, scores) in found.items():
+            own = request | {"segments": segments[:count]}
+            own["weights"] = weights[:count] if isinstance(weights, tuple) else weights
+            assert_same(results, fuser.generate(**own, **options))
+            alone = fuser.score(**own, continuations=texts, methods=METHODS, positions=positions)
+            torch.testing.assert_close(scores, alone, atol=TOLERANCE, rtol=0)
+
+
+def test_several_numbers_of_segments_share_what_they_can(fuser, monkeypatch):
+    """Each segment is encoded once, and each single prompt is run once."""
+    lengths = []
+    prefill = fuser.executor.prefill
+    monkeypatch.setattr(
+        fuser.executor, "prefill", lambda s, rows: lengths.append(len(rows[0])) or prefill(s, rows)
+    )
+    request = Request(**REQUEST)
+    options = {"methods": ["per_prompt", "prob_avg"], "max_new_tokens": 1}
+    for counts in (None, (1, 2, 3)):
+        fuser.generate_and_score([request], [[" Z"]], batch_size=1, counts=counts, **options)
+    assert lengths[-1] == lengths[-2] == sum(map(len, make_case(fuser, **REQUEST).segment_ids))
+
+
+def test_numbers_of_segments_are_checked(fuser):
+    for counts in ((0, 1), (2, 4), (-1,)):
+        with pytest.raises(UsageError, match=r"a count is .*wanted 1 to 3, the segments there"):
+            fuser.generate_and_score([Request(**REQUEST)], [["a"]], counts=counts)
+    with pytest.raises(UsageError, match="counts are for greedy answers"):
+        fuser.generate_and_score([Request(**REQUEST)], [["a"]], counts=(1, 2), temperature=1.0)
 
 
 def test_generate_and_score_checks_its_input(fuser):

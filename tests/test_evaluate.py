@@ -55,7 +55,13 @@ def without_timings(records: list[dict]) -> list[dict]:
 
 
 def assert_same_records(ours: list[dict], theirs: list[dict]) -> None:
-    """The same answers to the same questions; numbers within the tolerance."""
+    """The same answers to the same questions in any order; numbers within the tolerance."""
+
+    def place(record: dict) -> tuple:
+        index = record["paraphrase_index"]
+        where = (record["draw"], record["n"], record["id"], record["method"])
+        return *where, -1 if index is None else index
+
     exact = (
         "id",
         "n",
@@ -67,7 +73,7 @@ def assert_same_records(ours: list[dict], theirs: list[dict]) -> None:
         "token_ids",
         "lines",
     )
-    for one, other in zip(ours, theirs, strict=True):
+    for one, other in zip(sorted(ours, key=place), sorted(theirs, key=place), strict=True):
         assert {k: one[k] for k in exact} == {k: other[k] for k in exact}
         assert one["logprobs"] == pytest.approx(other["logprobs"], abs=TOLERANCE)
         if one["answer_logprobs"] is not None:
@@ -193,10 +199,25 @@ def test_a_sweep_asks_with_several_numbers_of_paraphrases(model, tmp_path):
     given = flags(model, tmp_path / "run", "--sweep", "1,2", "--methods", "fused,logit_avg")
     assert main(given) == 0
     records = read_records(tmp_path / "run")
-    assert [record["n"] for record in records] == [1] * 10 + [2] * 10
+    assert [record["n"] for record in records] == [1, 1, 2, 2] * 5
     assert all(len(record["paraphrases"]) == record["n"] for record in records)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert set(summary["by_n"]) == {"1", "2"}
+    # Two runs, each with its own number of paraphrases, say the same.
+    alone = []
+    for n in ("1", "2"):
+        given = flags(model, tmp_path / n, "--methods", "fused,logit_avg", "--paraphrases", n)
+        assert main(given) == 0
+        alone += read_records(tmp_path / n)
+    assert_same_records(records, alone)
+
+
+def test_a_sweep_of_prompts_that_differ_asks_one_by_one(model, tmp_path):
+    """In-prompt paraphrases stand in one segment: prompts with fewer begin no others."""
+    more = ("--sweep", "1,2", "--methods", "fused,logit_avg", "--format", "in-prompt")
+    assert main(flags(model, tmp_path / "run", *more)) == 0
+    records = read_records(tmp_path / "run")
+    assert [record["n"] for record in records] == [1] * 10 + [2] * 10
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +239,11 @@ def test_draws_ask_the_same_behind_other_shots(drawn, model):
     assert first == [shot.id for shot in choose_shots(dataset, 2, 0)[0]]
     assert set(first) != set(second)
     records = read_records(drawn)
-    # Draw, then n, then items; fused, prob_avg and n single prompts of each.
+    # Draw, then items, then n; fused, prob_avg and n single prompts of each.
     order = [(record["draw"], record["n"]) for record in records]
-    assert order == [cell for d in (0, 1) for n in (1, 3) for cell in [(d, n)] * 5 * (2 + n)]
+    assert order == [
+        cell for d in (0, 1) for _ in range(5) for n in (1, 3) for cell in [(d, n)] * (2 + n)
+    ]
     assert not {record["id"] for record in records} & {*first, *second}
     asked = ("id", "n", "method", "paraphrase_index", "paraphrases", "answers")
     halves = [[r for r in records if r["draw"] == draw] for draw in (0, 1)]

@@ -126,11 +126,7 @@ def test_single_prompts_are_the_engines(fuser):
 
 def test_one_segment_is_a_plain_prompt_whatever_the_configuration(fuser):
     request = replace(REQUEST, segments=SEGMENTS[:1])
-    configs = [
-        config
-        for config in CONFIGS
-        if config.sharpness == 1 and config.total == 1
-    ]
+    configs = [config for config in CONFIGS if config.sharpness == 1 and config.total == 1]
     found = score(fuser, configs, request)
     expected = engine_score(fuser, "origin", request)
     assert len(found) > len(configs)
@@ -152,7 +148,7 @@ def test_no_prefix_is_the_engines_too(fuser):
     configs = [Fused(), Fused(LIKELIHOOD, positions="restart")]
     found = score(fuser, configs, request)
     assert found["fused"] == close(engine_score(fuser, "fused", request))
-    expected = engine_score(fuser, "fused_weighted", request, positions="restart")
+    expected = engine_score(fuser, "fused_weighted", request, positions="restart", beta=1.0)
     assert found[configs[1].name] == close(expected)
 
 

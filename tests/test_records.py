@@ -153,9 +153,9 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path):
     with pytest.raises(UsageError, match="too long"), RunFolder(path, CONFIG, resume=True):
         raise UsageError("too long")
     assert path.exists()
-    folder = RunFolder(tmp_path / "other", CONFIG, resume=False)
-    with pytest.raises(UsageError, match="the second is too long"), folder:
+    with RunFolder(tmp_path / "other", CONFIG, resume=False) as folder:
         folder.append(lines_of("a"))
+    with pytest.raises(UsageError, match="long"), RunFolder(folder.path, CONFIG, resume=True):
         raise UsageError("the second is too long")
     assert read_records(tmp_path / "other") == lines_of("a")
 

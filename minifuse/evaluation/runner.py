@@ -6,7 +6,7 @@ the gold answers. `tables` and `summary` make sense of that afterwards.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minifuse.command import check_interrupt
 from minifuse.engine import Fuser, Results, Scores
@@ -60,17 +60,17 @@ def run_items(
 
     todo = [
         (draw, batch)
-        for draw in range(len(builders))
-        for batch in _make_batches(items, plan.counts, draw, folder, batch_size)
+        for draw, builder in enumerate(builders)
+        for batch in _make_batches(items, builder, plan, draw, folder, batch_size)
     ]
     total = len(items) * len(plan.counts) * len(builders)
-    left = sum(len(batch) for _, batch in todo)
+    left = sum(len(ask.counts) for _, batch in todo for ask in batch)
     hits: dict[str, list[bool]] = {}
     with tqdm.tqdm(
         total=total, initial=total - left, unit="item", file=sys.stderr, smoothing=0.1
     ) as bar:
         for draw, batch in todo:
-            for records in _run_batch(fuser, batch, builders[draw], plan, batch_size):
+            for records in _run_batch(fuser, batch, plan, batch_size):
                 folder.append([record | {"draw": draw} for record in records])
                 _count_hits(hits, records)
                 bar.update()
@@ -78,102 +78,132 @@ def run_items(
             check_interrupt()
 
 
+@dataclass(frozen=True)
+class _Ask:
+    """An item, to be asked with several numbers of its paraphrases at once.
+
+    counts:  what is missing of the plan's
+    indices: of the paraphrases, as many as the largest count
+    """
+
+    item: Item
+    counts: tuple[int, ...]
+    indices: tuple[int, ...]
+    request: Request
+
+    @property
+    def paraphrases(self) -> list[str]:
+        return [self.item.paraphrases[i] for i in self.indices]
+
+    @property
+    def length(self) -> int:
+        """About what it costs: answers are scored behind every view, of which there are many."""
+        answers = sum(map(len, self.item.answers))
+        return 3 * sum(map(len, self.request.segments)) + 2 * len(self.indices) * answers
+
+
 def _make_batches(
-    items: Sequence[Item], counts: Sequence[int], draw: int, folder: RunFolder, batch_size: int
-) -> list[list[tuple[Item, int]]]:
-    """What the folder lacks of a draw, each item with its number of paraphrases.
+    items: Sequence[Item],
+    builder: PromptBuilder,
+    plan: RunPlan,
+    draw: int,
+    folder: RunFolder,
+    batch_size: int,
+) -> Iterator[list[_Ask]]:
+    """What the folder lacks of a draw, in batches that ask with the same numbers of paraphrases.
 
     The items of a few batches go by their length: those of one batch then need little padding.
     """
-    todo = [
-        (item, count)
-        for count in counts
-        for item in items
-        if (item.id, count, draw) not in folder.done
-    ]
-    size = SORTED_BATCHES * batch_size
-    near = [
-        sorted(todo[start : start + size], key=_length_of) for start in range(0, len(todo), size)
-    ]
-    ordered = [entry for group in near for entry in group]
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    groups: dict[tuple[int, ...], list[_Ask]] = {}
+    for item in items:
+        missing = [n for n in plan.counts if (item.id, n, draw) not in folder.done]
+        for ask in _ask_for(item, missing, builder, plan):
+            groups.setdefault(ask.counts, []).append(ask)
+    window = SORTED_BATCHES * batch_size
+    for asks in groups.values():
+        near = [asks[start : start + window] for start in range(0, len(asks), window)]
+        ordered = [ask for part in near for ask in sorted(part, key=lambda ask: ask.length)]
+        for start in range(0, len(ordered), batch_size):
+            yield ordered[start : start + batch_size]
 
 
-def _length_of(entry: tuple[Item, int]) -> int:
-    item, count = entry
-    return sum(map(len, item.paraphrases[:count]))
-
-
-def _run_batch(
-    fuser: Fuser,
-    batch: Sequence[tuple[Item, int]],
-    builder: PromptBuilder,
-    plan: RunPlan,
-    batch_size: int,
-) -> Iterator[list[dict]]:
-    chosen = [choose_paraphrases(item, count, plan.choice, plan.seed) for item, count in batch]
-    texts = [
-        [item.paraphrases[i] for i in indices]
-        for (item, _), indices in zip(batch, chosen, strict=True)
-    ]
-    requests = [
-        _make_request(builder, item, indices, paraphrases, plan)
-        for (item, _), indices, paraphrases in zip(batch, chosen, texts, strict=True)
-    ]
-    is_chat = bool(plan.options.get("chat"))
-    continuations = [
-        [continuation_of(answer, chat=is_chat) for answer in item.answers] for item, _ in batch
-    ]
-    answered = fuser.generate_and_score(
-        requests,
-        continuations,
-        batch_size=batch_size,
-        methods=list(plan.methods),
-        **plan.options,
+def _ask_for(
+    item: Item, counts: Sequence[int], builder: PromptBuilder, plan: RunPlan
+) -> list[_Ask]:
+    """One for all counts where the prompts with fewer paraphrases begin those with more."""
+    asks = [_make_ask(item, count, builder, plan) for count in counts]
+    if len(asks) < 2:
+        return asks
+    longest = max(asks, key=lambda ask: len(ask.indices))
+    whole = longest.request
+    is_nested = all(
+        replace(whole, segments=whole.segments[: len(ask.indices)], weights=None)
+        == replace(ask.request, weights=None)
+        for ask in asks
     )
-    for (item, count), indices, paraphrases, (results, scores) in zip(
-        batch, chosen, texts, answered, strict=True
-    ):
-        common = {
-            "id": item.id,
-            "n": count,
-            "question": item.question,
-            "relation": item.relation,
-            "paraphrases": paraphrases,
-            "paraphrase_indices": list(indices),
-            "answers": list(item.answers),
-        }
-        yield _make_records(common, results, scores, num_rows=len(batch))
+    return [replace(longest, counts=tuple(counts))] if is_nested else asks
 
 
-def _make_request(
-    builder: PromptBuilder,
-    item: Item,
-    indices: Sequence[int],
-    paraphrases: Sequence[str],
-    plan: RunPlan,
-) -> Request:
-    prompt = builder.build(item, paraphrases)
+def _make_ask(item: Item, count: int, builder: PromptBuilder, plan: RunPlan) -> _Ask:
+    indices = choose_paraphrases(item, count, plan.choice, plan.seed)
+    prompt = builder.build(item, [item.paraphrases[i] for i in indices])
     weights = plan.weights
     if isinstance(weights, Mapping):
         weights = weights_of(weights, item.id, indices, len(item.paraphrases))
-    return Request(prompt.segments, prompt.prefix, prompt.suffix, weights, id=item.id)
+    request = Request(list(prompt.segments), prompt.prefix, prompt.suffix, weights, id=item.id)
+    return _Ask(item, (count,), indices, request)
 
 
-def _make_records(common: dict, results: Results, scores: Scores, *, num_rows: int) -> list[dict]:
-    """One record per answer; `lines` says how many there are, so that a torn item shows."""
+def _run_batch(
+    fuser: Fuser, batch: Sequence[_Ask], plan: RunPlan, batch_size: int
+) -> Iterator[list[dict]]:
+    """The records of each item and count."""
+    is_chat = bool(plan.options.get("chat"))
+    continuations = [
+        [continuation_of(answer, chat=is_chat) for answer in ask.item.answers] for ask in batch
+    ]
+    counts = batch[0].counts
+    answered = fuser.generate_and_score(
+        [ask.request for ask in batch],
+        continuations,
+        batch_size=batch_size,
+        counts=counts if len(counts) > 1 else None,
+        methods=list(plan.methods),
+        **plan.options,
+    )
+    for ask, by_count in zip(batch, answered, strict=True):
+        pairs = zip(counts, by_count.values(), strict=True)
+        for count, (results, scores) in pairs:
+            common = {
+                "id": ask.item.id,
+                "n": count,
+                "question": ask.item.question,
+                "relation": ask.item.relation,
+                "paraphrases": ask.paraphrases[:count],
+                "paraphrase_indices": list(ask.indices[:count]),
+                "answers": list(ask.item.answers),
+            }
+            shares = len(batch) * len(counts)
+            yield _make_records(common, results, scores, shares=shares)
+
+
+def _make_records(common: dict, results: Results, scores: Scores, *, shares: int) -> list[dict]:
+    """One record per answer; `lines` says how many there are, so that a torn item shows.
+
+    shares: how many items and counts the batch's time is divided by
+    """
     records = []
     for method, value in results.items():
         for generation in value if isinstance(value, list) else [value]:
             own = scores.get(method)
             if own is not None and generation.paraphrase_index is not None:
                 own = own[generation.paraphrase_index]
-            records.append(common | _describe(generation, own, common["n"], num_rows))
+            records.append(common | _describe(generation, own, common["n"], shares))
     return [record | {"lines": len(records)} for record in records]
 
 
 def _describe(
-    generation: Generation, scores: Sequence[float] | None, count: int, num_rows: int
+    generation: Generation, scores: Sequence[float] | None, count: int, shares: int
 ) -> dict:
     timings = generation.timings
     return {
@@ -192,8 +222,8 @@ def _describe(
         "prompt_tokens": generation.prompt_tokens,
         "num_streams": count_streams(generation.method, count),
         "timings": {
-            "prefill_ms": timings["prefill_ms"] / num_rows,
-            "decode_ms": sum(timings["decode_ms"]) / num_rows,
+            "prefill_ms": timings["prefill_ms"] / shares,
+            "decode_ms": sum(timings["decode_ms"]) / shares,
             "steps": len(timings["decode_ms"]),
         },
     }
