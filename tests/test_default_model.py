@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from reference import METHODS, count_near_ties
-from test_engine import (
+from engine_cases import (
     EVERY_METHOD,
     assert_same,
     check_results,
@@ -16,6 +15,7 @@ from test_engine import (
     nothing_compiles,
     segment_hidden,
 )
+from reference import METHODS, count_near_ties
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minifuse
@@ -309,7 +309,7 @@ def test_promise_7_nothing_recompiles(default_fuser):
 
     fuser.generate(segments=["Z " * 420], methods="origin", max_new_tokens=2)
     fuser.generate(**REQUEST, methods="per_prompt", max_new_tokens=2)
-    fuser.generate(**REQUEST, methods="all", max_new_tokens=2)
+    fuser.score(**REQUEST, continuations=[" one two three four five"], methods="all")
     sizes = {
         key[:2] for key in fuser.executor._compiled if (key[2].rows, key[2].slots) == (1, MIN_SLOTS)
     }

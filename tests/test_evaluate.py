@@ -29,7 +29,7 @@ from minifuse.methods import FusionMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ROOT / "examples" / "questions.jsonl"
-# A tolerance in nats for one token's log-probability, see test_engine; answers have a few.
+# A tolerance in nats for one token's log-probability, see engine_cases; answers have a few.
 TOLERANCE = 1e-3
 
 
