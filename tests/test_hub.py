@@ -32,6 +32,8 @@ from minifuse.errors import MinifuseError
 pause = time.sleep
 time.sleep = lambda seconds: pause(min(seconds, 0.05))
 hub._STALL_S = 1
+# A shell without job control starts what runs in its background with interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "FILE_LIMIT" in os.environ:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, [int(os.environ["FILE_LIMIT"])] * 2)
