@@ -50,6 +50,7 @@ from minifuse.evaluation.prompts import (
     paraphrases_needed,
     read_template,
 )
+from minifuse.evaluation.statistics import resample_means
 from minifuse.layout import Prompt
 from minifuse.loader import LoadedModel, load_model
 from minifuse.model import LayerParams, linear, mlp_block, rms_norm, unembed
@@ -1109,24 +1110,6 @@ def read_cubes(paths: Sequence[Path]) -> list[Cube]:
     return cubes
 
 
-def resample_means(logprobs: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means of each configuration under a two-way bootstrap, f64[resamples, configs].
-
-    Draws and items are drawn anew, both with replacement, and apart from each other. All
-    configurations share the resamples, so that differences of means are paired.
-
-    logprobs: f64[draws, items, configs]
-    """
-    num_draws, num_items, num_configs = logprobs.shape
-    generator = np.random.default_rng(seed)
-    draws = generator.multinomial(num_draws, np.full(num_draws, 1 / num_draws), resamples)
-    items = generator.multinomial(num_items, np.full(num_items, 1 / num_items), resamples)
-    means = np.empty((resamples, num_configs))
-    for config in range(num_configs):
-        means[:, config] = ((draws @ logprobs[..., config]) * items).sum(1)
-    return means / (num_draws * num_items)
-
-
 def same_weights_of(name: str, names: Sequence[str]) -> list[str]:
     """The ensembles that weigh paraphrases as a fused configuration does.
 
@@ -1148,7 +1131,7 @@ def summarise_cube(cube: Cube) -> dict[str, list[str]]:
     """The cells of each configuration's line, see COLUMNS."""
     column = {name: index for index, name in enumerate(cube.names)}
     means = cube.logprobs.mean((0, 1))
-    resampled = resample_means(cube.logprobs)
+    resampled = resample_means(cube.logprobs.swapaxes(0, 1), num_resamples=RESAMPLES)
 
     def best_of(names: Sequence[str]) -> str:
         return max(names, key=lambda name: means[column[name]])

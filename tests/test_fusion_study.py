@@ -27,12 +27,12 @@ from benchmarks.fusion_study import (
     make_tree,
     read_cubes,
     regroup_scores,
-    resample_means,
     same_weights_of,
 )
 from minifuse.errors import UsageError
 from minifuse.evaluate import main as evaluate
 from minifuse.evaluation.datasets import load_dataset
+from minifuse.evaluation.statistics import resample_means
 from minifuse.request import Request, encode_prompt, make_frame
 
 QUESTIONS = Path(__file__).resolve().parents[1] / "examples" / "questions.jsonl"
@@ -439,7 +439,7 @@ def test_resamples_hold_the_spread_of_draws_and_items():
     generator = np.random.default_rng(0)
     draws, items = generator.normal(0, 0.5, (5, 1, 1)), generator.normal(0, 2, (1, 50, 1))
     logprobs = np.concatenate((draws + items, draws + items + 1), axis=2)
-    means = resample_means(logprobs, 4000)
+    means = resample_means(logprobs.swapaxes(0, 1), num_resamples=4000)
     np.testing.assert_allclose(means[:, 1] - means[:, 0], 1.0)
     expected = math.sqrt(draws.var() / 5 + items.var() / 50)
     assert means[:, 0].std() == pytest.approx(expected, rel=0.05)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from json_lines import read_lines, write_lines
 
 import minifuse
 from minifuse.config import FusionConfig, GenerationConfig
@@ -42,18 +43,6 @@ REQUESTS = (
     {"prefix": "Shots.\n", "segments": ["Q: two\n"], "suffix": "Answer:"},
     {"id": 7, "segments": ["Q: three\n", "Q: tres\n", "Q: drei\n"], "weights": "confidence"},
 )
-
-
-def write_lines(path: Path, lines) -> Path:
-    text = "".join(line if isinstance(line, str) else f"{json.dumps(line)}\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    content = path.read_text(encoding="utf-8")
-    assert content.endswith("\n") or not content
-    return [json.loads(line) for line in content.split("\n")[:-1]]
 
 
 def lines_of(output: str) -> list[str]:
