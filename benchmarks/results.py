@@ -5,7 +5,7 @@
 Each argument names a data set, a run of all methods, and, behind a comma, a run of the fused
 methods under the other setting of positions. Markdown goes to standard output: every method by
 log-probability of the best gold answer and by accuracy; then each fused method against each
-ensemble, on all items and on the half that no setting was chosen on (`fusion_study.half_of`).
+ensemble, on all items and on the half that no setting was chosen on (`fusion_study.items.half_of`).
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.fusion_study import half_of
+from benchmarks.fusion_study.items import half_of
 from minifuse.command import Parser, run_command
 from minifuse.errors import UsageError
 from minifuse.evaluation.records import read_run

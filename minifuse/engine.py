@@ -29,10 +29,9 @@ from minifuse.executor import (
     Session,
     Size,
     Token,
-    is_short,
     round_up,
 )
-from minifuse.layout import Encoding, PackedPrompt, Part, Span, View
+from minifuse.layout import Encoding, Part, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
 from minifuse.methods import (
     SPECS,
@@ -57,6 +56,7 @@ from minifuse.request import (
 )
 from minifuse.results import Generation, StreamEvent, TextBuilder, pick_winner
 from minifuse.sampling import make_generator, pick_token, reduce_logits
+from minifuse.scoring import Scores, score_targets, scores_of, scoring_labels, scoring_slots
 
 STORED_PREFIXES = 4
 # Rows of logits held at once while a segment's likelihood is summed up.
@@ -65,8 +65,6 @@ LOGIT_ROWS = 64
 Results = dict[str, Generation | list[Generation]]
 # By the number of segments that were asked with.
 CountedResults = dict[int, Results]
-# A number per continuation; for `per_prompt` such a list for each segment.
-Scores = dict[str, list[float] | list[list[float]]]
 
 
 def load(
@@ -195,7 +193,7 @@ class Fuser:
         ]
         batches = self._run_batches(jobs, batch_size, is_padded=True)
         return [
-            {count: (results[count], _scores_of(job, count)) for count in job.counts}
+            {count: (results[count], scores_of(job, count)) for count in job.counts}
             for results, job in zip(batches, jobs, strict=True)
         ]
 
@@ -243,8 +241,8 @@ class Fuser:
         size = self._size_of([job])
         with self._session([job], size) as session, torch.inference_mode():
             self._prefill(session, [job])
-            self._score(session, [job])
-        return _scores_of(job, job.num_segments)
+            score_targets(self.executor, session, [job])
+        return scores_of(job, job.num_segments)
 
     # Size
 
@@ -295,8 +293,8 @@ class Fuser:
         """
         return self._make_size(
             rows=max(rows, len(jobs)),
-            slots=max((job.extent.slots + _scoring_slots(job) for job in jobs), default=1),
-            labels=max((job.extent.labels + _scoring_labels(job) for job in jobs), default=1),
+            slots=max((job.extent.slots + scoring_slots(job) for job in jobs), default=1),
+            labels=max((job.extent.labels + scoring_labels(job) for job in jobs), default=1),
         )
 
     def _rope_length(self, job: Job) -> int | None:
@@ -473,7 +471,7 @@ class Fuser:
             clock = _Clock(executor)
             with torch.inference_mode():
                 self._prefill(session, jobs)
-                self._score(session, jobs)
+                score_targets(self.executor, session, jobs)
                 for job in jobs:
                     self._start_answers(job)
                 session.set_tables([job.packed.sees for job in jobs])
@@ -589,127 +587,6 @@ class Fuser:
             timings=timings,
             recompiles=recompiles,
         )
-
-    # Scoring
-
-    def _score(self, session: Session, jobs: Sequence[Job]) -> None:
-        """Fill `scores`: every target behind every view is a stream of its own.
-
-        As many targets at once as the tables have labels for; afterwards slots and labels are as
-        they were before.
-        """
-        for job in jobs:
-            job.scores = {answer: [] for answer in job.answers}
-        counts = [_targets_at_once(job) for job in jobs]
-        passes = max(-(-len(job.targets) // count) for job, count in zip(jobs, counts, strict=True))
-        for i in range(passes):
-            groups = [
-                job.targets[i * count : (i + 1) * count]
-                for job, count in zip(jobs, counts, strict=True)
-            ]
-            self._score_groups(session, jobs, groups)
-            for row, job in enumerate(jobs):
-                session.forget_keys(row, job.packed.num_slots)
-
-    def _score_groups(
-        self, session: Session, jobs: Sequence[Job], groups: Sequence[Sequence[tuple[int, ...]]]
-    ) -> None:
-        # Copies: the next group, and the answers, start from the same layouts.
-        layouts = [replace(job.packed, sees=dict(job.packed.sees)) for job in jobs]
-        rows = [
-            _place_targets(packed, _answer_views(job), targets)
-            for packed, job, targets in zip(layouts, jobs, groups, strict=True)
-        ]
-        outputs: Sequence[Tensor | None] = [None] * len(jobs)
-        has_logits = is_short(rows)
-        if any(rows):
-            session.set_tables([packed.sees for packed in layouts])
-            run = self.executor.decode if has_logits else self.executor.prefill
-            outputs = run(session, rows).unbind()
-        for job, targets, output in zip(jobs, groups, outputs, strict=False):
-            self._read_scores(job, targets, output, has_logits=has_logits)
-
-    def _read_scores(
-        self,
-        job: Job,
-        targets: Sequence[tuple[int, ...]],
-        output: Tensor | None,
-        *,
-        has_logits: bool,
-    ) -> None:
-        """Score targets by what came of the tokens that `_place_targets` gives, in its order.
-
-        output: logits f32[n, V], or hidden states float[n, C], which become logits one target at
-                a time; None where no token was run
-        """
-        views = _answer_views(job)
-        first_logits = torch.stack([job.view_logits[view.suffix] for view in views])
-        start = 0
-        for target in targets:
-            logits = first_logits[:, None]
-            if len(target) > 1:
-                end = start + len(views) * (len(target) - 1)
-                forced = (
-                    output[start:end] if has_logits else self.executor.unembed(output[start:end])
-                )
-                logits = torch.cat((logits, forced.view(len(views), len(target) - 1, -1)), dim=1)
-                start = end
-            index = torch.tensor(target, device=logits.device)[:, None]
-            for answer in job.answers:
-                own = logits[[views.index(job.view(r)) for r in answer.views]]
-                logprobs = reduce_logits(own, answer.reduction, answer.weights)
-                job.scores[answer].append(float(logprobs.gather(1, index).sum()))
-
-
-def _answer_views(job: Job) -> list[View]:
-    """What answers start from, each view once."""
-    return list(dict.fromkeys(job.view(r) for a in job.answers for r in a.views))
-
-
-def _place_targets(
-    packed: PackedPrompt, views: Sequence[View], targets: Sequence[tuple[int, ...]]
-) -> list[Token]:
-    """Every target behind every view, but for its last token, which predicts nothing."""
-    tokens = []
-    for target in targets:
-        for view in views:
-            stream = packed.stream(view)
-            forced = target[:-1]
-            slots = packed.take_slots(len(forced))
-            for offset, (token_id, slot) in enumerate(zip(forced, slots, strict=True)):
-                position = stream.first_position + offset
-                tokens.append(Token(token_id, position, slot, stream.label))
-    return tokens
-
-
-def _targets_at_once(job: Job) -> int:
-    """How many targets are scored in one pass: what labels are left for, without larger tables."""
-    base, views = job.extent.labels, job.extent.views
-    spare = next((n for n in LABEL_COUNTS if n >= base + views), LABEL_COUNTS[-1]) - base
-    return max(1, spare // views)
-
-
-def _scoring_labels(job: Job) -> int:
-    return job.extent.views * min(len(job.targets), _targets_at_once(job)) if job.targets else 0
-
-
-def _scoring_slots(job: Job) -> int:
-    """Slots beyond the prompt's that scoring takes; the answers take them again afterwards."""
-    if not job.targets:
-        return 0
-    longest = sorted(map(len, job.targets))[-_targets_at_once(job) :]
-    return job.extent.views * sum(longest)
-
-
-def _scores_of(job: Job, count: int) -> Scores:
-    """By method, with the first `count` segments."""
-    return {
-        str(method): [job.scores[answer] for answer in answers]
-        if method is FusionMethod.PER_PROMPT
-        else job.scores[answers[0]]
-        for (own, method), answers in job.consumers.items()
-        if own == count and method is not FusionMethod.VOTE
-    }
 
 
 class _Clock:

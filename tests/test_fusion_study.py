@@ -11,24 +11,19 @@ import torch
 from tiny_files import make_model, write_hub_folder
 
 import minifuse
-from benchmarks.fusion_study import (
+from benchmarks.fusion_study.__main__ import main
+from benchmarks.fusion_study.configs import (
     CONFIGS,
     ENSEMBLES,
     WEIGHTED_ENSEMBLES,
     WEIGHTINGS,
-    Cube,
     Fused,
-    Study,
     choose_configs,
-    choose_work,
-    half_of,
-    main,
-    make_report,
-    make_tree,
-    read_cubes,
-    regroup_scores,
-    same_weights_of,
 )
+from benchmarks.fusion_study.decoder import make_tree, regroup_scores
+from benchmarks.fusion_study.items import choose_work, half_of
+from benchmarks.fusion_study.report import Cube, make_report, read_cubes, same_weights_of
+from benchmarks.fusion_study.scoring import Study
 from minifuse.errors import UsageError
 from minifuse.evaluate import main as evaluate
 from minifuse.evaluation.datasets import load_dataset

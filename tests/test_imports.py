@@ -16,7 +16,7 @@ ORDER = """
     rope cache model masks
     tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
-    executor request engine jsonl generate
+    executor request scoring engine jsonl generate
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
     evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from minifuse.command import check_interrupt
-from minifuse.engine import Fuser, Results, Scores
+from minifuse.engine import Fuser, Results
 from minifuse.evaluation.confidences import weights_of
 from minifuse.evaluation.datasets import Item
 from minifuse.evaluation.prompts import PromptBuilder, choose_paraphrases, continuation_of
@@ -18,6 +18,7 @@ from minifuse.methods import SPECS, FusionMethod, Reduction
 from minifuse.normalize import normalize_answer
 from minifuse.request import Request
 from minifuse.results import Generation
+from minifuse.scoring import Scores
 
 SORTED_BATCHES = 16
 

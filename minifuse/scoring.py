@@ -1,0 +1,143 @@
+"""Log-probabilities of given continuations, teacher-forced.
+
+Every target behind every view is a stream of its own, behind the same prefill as the answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minifuse.executor import LABEL_COUNTS, Executor, Session, Token, is_short
+from minifuse.layout import PackedPrompt, View
+from minifuse.methods import FusionMethod
+from minifuse.request import Job
+from minifuse.sampling import reduce_logits
+
+# A number per continuation; for `per_prompt` such a list for each segment.
+Scores = dict[str, list[float] | list[list[float]]]
+
+
+def score_targets(executor: Executor, session: Session, jobs: Sequence[Job]) -> None:
+    """Fill `scores`: every target behind every view is a stream of its own.
+
+    As many targets at once as the tables have labels for; afterwards slots and labels are as
+    they were before.
+    """
+    for job in jobs:
+        job.scores = {answer: [] for answer in job.answers}
+    counts = [_targets_at_once(job) for job in jobs]
+    passes = max(-(-len(job.targets) // count) for job, count in zip(jobs, counts, strict=True))
+    for i in range(passes):
+        groups = [
+            job.targets[i * count : (i + 1) * count]
+            for job, count in zip(jobs, counts, strict=True)
+        ]
+        _score_groups(executor, session, jobs, groups)
+        for row, job in enumerate(jobs):
+            session.forget_keys(row, job.packed.num_slots)
+
+
+def _score_groups(
+    executor: Executor,
+    session: Session,
+    jobs: Sequence[Job],
+    groups: Sequence[Sequence[tuple[int, ...]]],
+) -> None:
+    # Copies: the next group, and the answers, start from the same layouts.
+    layouts = [replace(job.packed, sees=dict(job.packed.sees)) for job in jobs]
+    rows = [
+        _place_targets(packed, _answer_views(job), targets)
+        for packed, job, targets in zip(layouts, jobs, groups, strict=True)
+    ]
+    outputs: Sequence[Tensor | None] = [None] * len(jobs)
+    has_logits = is_short(rows)
+    if any(rows):
+        session.set_tables([packed.sees for packed in layouts])
+        run = executor.decode if has_logits else executor.prefill
+        outputs = run(session, rows).unbind()
+    for job, targets, output in zip(jobs, groups, outputs, strict=False):
+        _read_scores(executor, job, targets, output, has_logits=has_logits)
+
+
+def _read_scores(
+    executor: Executor,
+    job: Job,
+    targets: Sequence[tuple[int, ...]],
+    output: Tensor | None,
+    *,
+    has_logits: bool,
+) -> None:
+    """Score targets by what came of the tokens that `_place_targets` gives, in its order.
+
+    output: logits f32[n, V], or hidden states float[n, C], which become logits one target at
+            a time; None where no token was run
+    """
+    views = _answer_views(job)
+    first_logits = torch.stack([job.view_logits[view.suffix] for view in views])
+    start = 0
+    for target in targets:
+        logits = first_logits[:, None]
+        if len(target) > 1:
+            end = start + len(views) * (len(target) - 1)
+            forced = output[start:end] if has_logits else executor.unembed(output[start:end])
+            logits = torch.cat((logits, forced.view(len(views), len(target) - 1, -1)), dim=1)
+            start = end
+        index = torch.tensor(target, device=logits.device)[:, None]
+        for answer in job.answers:
+            own = logits[[views.index(job.view(r)) for r in answer.views]]
+            logprobs = reduce_logits(own, answer.reduction, answer.weights)
+            job.scores[answer].append(float(logprobs.gather(1, index).sum()))
+
+
+def _answer_views(job: Job) -> list[View]:
+    """What answers start from, each view once."""
+    return list(dict.fromkeys(job.view(r) for a in job.answers for r in a.views))
+
+
+def _place_targets(
+    packed: PackedPrompt, views: Sequence[View], targets: Sequence[tuple[int, ...]]
+) -> list[Token]:
+    """Every target behind every view, but for its last token, which predicts nothing."""
+    tokens = []
+    for target in targets:
+        for view in views:
+            stream = packed.stream(view)
+            forced = target[:-1]
+            slots = packed.take_slots(len(forced))
+            for offset, (token_id, slot) in enumerate(zip(forced, slots, strict=True)):
+                position = stream.first_position + offset
+                tokens.append(Token(token_id, position, slot, stream.label))
+    return tokens
+
+
+def _targets_at_once(job: Job) -> int:
+    """How many targets are scored in one pass: what labels are left for, without larger tables."""
+    base, views = job.extent.labels, job.extent.views
+    spare = next((n for n in LABEL_COUNTS if n >= base + views), LABEL_COUNTS[-1]) - base
+    return max(1, spare // views)
+
+
+def scoring_labels(job: Job) -> int:
+    """Labels beyond the prompt's that scoring takes."""
+    return job.extent.views * min(len(job.targets), _targets_at_once(job)) if job.targets else 0
+
+
+def scoring_slots(job: Job) -> int:
+    """Slots beyond the prompt's that scoring takes; the answers take them again afterwards."""
+    if not job.targets:
+        return 0
+    longest = sorted(map(len, job.targets))[-_targets_at_once(job) :]
+    return job.extent.views * sum(longest)
+
+
+def scores_of(job: Job, count: int) -> Scores:
+    """By method, with the first `count` segments."""
+    return {
+        str(method): [job.scores[answer] for answer in answers]
+        if method is FusionMethod.PER_PROMPT
+        else job.scores[answers[0]]
+        for (own, method), answers in job.consumers.items()
+        if own == count and method is not FusionMethod.VOTE
+    }
