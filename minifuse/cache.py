@@ -57,15 +57,17 @@ def write_cache(cache: Tensor, slots: Tensor, new_BKTD: Tensor) -> None:
     cache.index_put_((rows, heads, slots[:, None]), new_BKTD)
 
 
-def move_keys(cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv_freq: Tensor):
+def move_keys(
+    cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv_freq: Tensor
+) -> None:
     """Copy keys and values to other slots, keys rotated on; `cache` is changed in place.
 
     Rotations add up, so a key at position p rotated on by d equals the key at position p + d:
     a segment moves without being encoded again. Values hold no position.
 
-    source, target: i64[B, M]  slots; slot 0 for entries that pad a row
+    source, target: i64[B, M]  slots
     turns:          i64[B, M]  positions to move by
-    inv_freq:       f32[B, D/2]
+    inv_freq:       f32[B, M, D/2], or what broadcasts to it
     """
     cos, sin = make_cos_sin(inv_freq, turns)
     for keys, values in zip(cache.keys, cache.values, strict=True):
@@ -75,19 +77,15 @@ def move_keys(cache: KVCache, source: Tensor, target: Tensor, turns: Tensor, inv
         write_cache(values, target, values.gather(2, index))
 
 
-def copy_prefix(cache: KVCache, row: int, prefix: KVCache) -> None:
-    """Put a stored prefix into slots 1.. of one row; `cache` is changed in place.
-
-    prefix: a KVCache of float[1, K, P, D]
-    """
-    length = prefix.num_slots
-    for old, new in zip(cache.keys + cache.values, prefix.keys + prefix.values, strict=True):
-        old[row, :, 1 : length + 1] = new[0]
-
-
-def snapshot_prefix(cache: KVCache, length: int) -> KVCache:
-    """A copy of slots 1..length of row 0, float[1, K, length, D] per layer."""
+def read_slots(cache: KVCache, slots: Tensor) -> KVCache:
+    """A copy of some slots i64[P]: float[B, K, P, D] per layer."""
     return KVCache(
-        keys=tuple(layer[:1, :, 1 : length + 1].clone() for layer in cache.keys),
-        values=tuple(layer[:1, :, 1 : length + 1].clone() for layer in cache.values),
+        keys=tuple(layer[:, :, slots] for layer in cache.keys),
+        values=tuple(layer[:, :, slots] for layer in cache.values),
     )
+
+
+def write_slots(cache: KVCache, slots: Tensor, stored: KVCache) -> None:
+    """Put what `read_slots` gave into some slots i64[P]; `cache` is changed in place."""
+    for old, new in zip(cache.keys + cache.values, stored.keys + stored.values, strict=True):
+        old[:, :, slots] = new

@@ -1,46 +1,40 @@
-"""The Fuser: one request, or a batch, from text to answers by any number of methods.
+"""The Fuser: requests from text to answers, by any number of methods.
 
-A request takes four steps: the prefix (stored, and found again by its token ids), the segments,
-the views' suffixes, then one forward per token over all live streams. Each is one or two calls of
-the executor; all that differs between methods is which views and streams are asked for.
+A request gets a place in the pool behind its prefix (stored, and found again by its token ids);
+segments and views' suffixes are run (see `prefill`), then one forward per token over the live
+streams of all requests in flight. All that differs between methods is which views and streams are
+asked for.
 """
 
-import contextlib
 import time
 import warnings
-from collections import OrderedDict
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import replace
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from minifuse.cache import KVCache, cache_bytes, copy_prefix, snapshot_prefix
+from minifuse.cache import KVCache, cache_bytes, read_slots, write_slots
 from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.executor import (
+from minifuse.executor import Executor
+from minifuse.layout import PackedPrompt, Part, Span
+from minifuse.loader import LoadedModel, free_memory, load_model
+from minifuse.methods import SPECS, FusionMethod, SegmentWeights, Weighting, parse_methods
+from minifuse.pool import (
     LABEL_COUNTS,
     MIN_SLOTS,
-    Copy,
-    Executor,
-    Session,
+    Lease,
+    Need,
+    Pool,
     Size,
-    Token,
     round_up,
+    slots_for,
 )
-from minifuse.layout import Encoding, Part, Span
-from minifuse.loader import LoadedModel, free_memory, load_model
-from minifuse.methods import (
-    SPECS,
-    FusionMethod,
-    SegmentWeights,
-    Weighting,
-    parse_methods,
-    single_view,
-)
+from minifuse.prefill import prefill, tokens_of, write_rules
 from minifuse.request import (
     AnswerState,
     Frame,
@@ -59,8 +53,9 @@ from minifuse.sampling import make_generator, pick_token, reduce_logits
 from minifuse.scoring import Scores, score_targets, scores_of, scoring_labels, scoring_slots
 
 STORED_PREFIXES = 4
-# Rows of logits held at once while a segment's likelihood is summed up.
-LOGIT_ROWS = 64
+
+# Token ids, and the length that dynamic RoPE goes by.
+PrefixKey = tuple[tuple[int, ...], int | None]
 
 Results = dict[str, Generation | list[Generation]]
 # By the number of segments that were asked with.
@@ -98,7 +93,7 @@ class Fuser:
         self.load_s = load_s
         self.executor = Executor(model.config, model.params, compile=compile)
         self._frames: dict[str | None, Frame] = {}
-        self._prefixes: OrderedDict[tuple[tuple[int, ...], int | None], KVCache] = OrderedDict()
+        self._prefixes: OrderedDict[PrefixKey, KVCache] = OrderedDict()
 
     def generate(
         self,
@@ -139,26 +134,32 @@ class Fuser:
         """
         request = Request(segments, prefix, suffix, weights)
         job = self._make_job(request, make_plan(**options))
-        size = self._size_of([job])
+        size, batch_size = self._plan_batch([job], 1)
 
-        def first_result() -> Generator[StreamEvent, None, Results]:
-            (results,) = yield from self._run([job], size)
+        def events() -> Generator[StreamEvent, None, Results]:
+            results: CountedResults = {}
+            for _, new, found in self._serve([job], size, batch_size):
+                yield from new
+                results = found or results
             return results[job.num_segments]
 
-        return first_result()
+        return events()
 
     def generate_batch(
         self, requests: Iterable[Request], *, batch_size: int = 8, **options: Unpack[Options]
     ) -> list[Results]:
         """Answer many requests, up to `batch_size` at once; each as if it were alone.
 
-        A prefix that requests share is computed once. All input is checked before the first
-        request runs. Options and errors as in `generate`.
+        A request that is done makes room for the next. A prefix that requests share is computed
+        and stored once. All input is checked before the first request runs; a batch that does not
+        fit into memory is made smaller, with a warning. Options and errors as in `generate`.
         """
         plan = make_plan(**options)
         jobs = [self._make_job(request, plan) for request in requests]
-        results = self._run_batches(jobs, batch_size)
-        return [result[job.num_segments] for result, job in zip(results, jobs, strict=True)]
+        results: list[Results] = [{} for _ in jobs]
+        for index, found in self._run_batch(jobs, batch_size):
+            results[index] = found[jobs[index].num_segments]
+        return results
 
     def generate_and_score(
         self,
@@ -168,16 +169,17 @@ class Fuser:
         batch_size: int = 8,
         counts: Sequence[int] | None = None,
         **options: Unpack[Options],
-    ) -> list[dict[int, tuple[Results, Scores]]]:
+    ) -> Iterator[tuple[int, dict[int, tuple[Results, Scores]]]]:
         """What `generate_batch` gives, and `score` besides, from the same prefill.
+
+        Input is checked at the call, not at the first result.
 
         continuations: texts to score for each request, at least one
         counts:        numbers of segments, from the first one on, to ask with: each as if there
                        were no others (but for dynamic RoPE, which goes by the longest), and what
                        they have in common is run once; None for all segments alone
-        batch_size:    rows of every batch; what requests leave empty is padding, so that one set
-                       of graphs serves all batches
-        returns:       for each request a pair by number of segments; `vote` has no scores
+        returns:       as they are done, a request's index, and a pair by number of segments;
+                       `vote` has no scores
         """
         if len(requests) != len(continuations):
             raise UsageError(
@@ -191,26 +193,22 @@ class Fuser:
             self._make_job(request, plan, encode_continuations(self.model.tokenizer, texts), counts)
             for request, texts in zip(requests, continuations, strict=True)
         ]
-        batches = self._run_batches(jobs, batch_size, is_padded=True)
-        return [
-            {count: (results[count], scores_of(job, count)) for count in job.counts}
-            for results, job in zip(batches, jobs, strict=True)
-        ]
+        return (
+            (index, {n: (found[n], scores_of(jobs[index], n)) for n in jobs[index].counts})
+            for index, found in self._run_batch(jobs, batch_size)
+        )
 
-    def _run_batches(
-        self, jobs: Sequence[Job], batch_size: int, *, is_padded: bool = False
-    ) -> list[CountedResults]:
+    def _run_batch(
+        self, jobs: Sequence[Job], batch_size: int
+    ) -> Iterator[tuple[int, CountedResults]]:
+        """Results by the job's index, as they are done."""
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is {batch_size!r}; wanted an integer of at least 1")
-        groups = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-        sizes = [
-            self._size_of(group, rows=batch_size if is_padded else len(group)) for group in groups
-        ]
-        return [
-            result
-            for group, size in zip(groups, sizes, strict=True)
-            for result in _drain(self._run(group, size))
-        ]
+        if not jobs:
+            return iter(())
+        size, batch_size = self._plan_batch(jobs, batch_size)
+        served = self._serve(jobs, size, batch_size)
+        return ((index, results) for index, _, results in served if results)
 
     def score(
         self,
@@ -238,11 +236,16 @@ class Fuser:
         targets = encode_continuations(self.model.tokenizer, continuations)
         plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=1)
         job = self._make_job(Request(segments, prefix, suffix, weights), plan, targets)
-        size = self._size_of([job])
-        with self._session([job], size) as session, torch.inference_mode():
-            self._prefill(session, [job])
-            score_targets(self.executor, session, [job])
+        size, _ = self._plan_batch([job], 1)
+        with self.executor.pool(size) as pool, torch.inference_mode():
+            self._admit(pool, deque([(0, job)]), 1)
+            prefill(self.executor, pool, [job])
+            score_targets(self.executor, pool, [job])
         return scores_of(job, job.num_segments)
+
+    def forget_prefixes(self) -> None:
+        """Drop the stored prefixes: the next request computes its own anew."""
+        self._prefixes.clear()
 
     # Size
 
@@ -286,214 +289,158 @@ class Fuser:
             self._frames[key] = make_frame(self.model.tokenizer, rendered)
         return self._frames[key]
 
-    def _size_of(self, jobs: Sequence[Job], rows: int = 1) -> Size:
-        """What the jobs take together, in at least so many rows.
-
-        raises: UsageError beyond the tables, MinifuseError beyond memory.
-        """
-        return self._make_size(
-            rows=max(rows, len(jobs)),
-            slots=max((job.extent.slots + scoring_slots(job) for job in jobs), default=1),
-            labels=max((job.extent.labels + scoring_labels(job) for job in jobs), default=1),
-        )
-
     def _rope_length(self, job: Job) -> int | None:
         return self.model.config.rope_length(job.extent.positions)
 
-    def _session(
-        self, jobs: Sequence[Job], size: Size
-    ) -> contextlib.AbstractContextManager[Session]:
-        return self.executor.session(size, [self._rope_length(job) for job in jobs])
+    def _prefix_key(self, job: Job) -> PrefixKey:
+        """Dynamic RoPE turns the same tokens by other angles in a longer request."""
+        return job.prompt.prefix_ids, self._rope_length(job)
 
-    def _make_size(self, *, rows: int, slots: int, labels: int) -> Size:
-        if labels > LABEL_COUNTS[-1]:
+    def _plan_batch(self, jobs: Sequence[Job], batch_size: int) -> tuple[Size, int]:
+        """The pool in which any `batch_size` of the jobs fit at once, or as many as memory allows.
+
+        returns: its size, and how many jobs are to be in flight
+        raises:  UsageError beyond the tables, MinifuseError beyond memory.
+        """
+        free = free_memory(self.executor.device)
+        wanted = min(batch_size, len(jobs))
+        for count in range(wanted, 0, -1):
+            size = self._size_of(jobs, count)
+            needed = cache_bytes(
+                self.model.config, rows=1, slots=size.slots, dtype=self.executor.dtype
+            )
+            if needed <= free:
+                break
+        else:
+            raise MinifuseError(
+                f"a key/value cache of {size.slots} slots needs {needed / 1e9:.2f} GB and "
+                f"{free / 1e9:.2f} GB of memory are free; use fewer or shorter prompts at once"
+            )
+        if count < wanted:
+            warnings.warn(
+                f"{count} requests are run at once, not {wanted}: more would not fit into the "
+                f"{free / 1e9:.2f} GB of memory that are free",
+                stacklevel=4,
+            )
+        return size, count
+
+    def _size_of(self, jobs: Sequence[Job], count: int) -> Size:
+        """The pool in which any `count` of the jobs fit at once.
+
+        raises: UsageError where one job alone has more labels than the tables.
+        """
+        needs = [own_need(job) for job in jobs]
+        prefixes = {self._prefix_key(job): prefix_need(job) for job in jobs}
+        slots = sorted(needs, key=lambda need: need.blocks)[-count:]
+        slots += sorted(prefixes.values(), key=lambda need: need.blocks)[-count:]
+        labels = sorted(need.labels + 1 for need in needs)
+        if 1 + labels[-1] > LABEL_COUNTS[-1]:
             raise UsageError(
-                f"these methods and segments need {labels} labels and the tables have "
+                f"these methods and segments need {1 + labels[-1]} labels and the tables have "
                 f"{LABEL_COUNTS[-1]}; ask for fewer methods or segments in one call"
             )
-        size = Size(
-            round_up(rows, (1,)), round_up(slots, (MIN_SLOTS,)), round_up(labels, LABEL_COUNTS)
+        # Where labels run out before slots do, requests wait for each other.
+        num_labels = min(1 + sum(labels[-count:]), LABEL_COUNTS[-1])
+        return Size(
+            slots=round_up(slots_for(slots), (MIN_SLOTS,)),
+            labels=round_up(num_labels, LABEL_COUNTS),
+            is_shared=count > 1,
         )
-        # A batch borrows one more row for prefixes.
-        needed = cache_bytes(
-            self.model.config,
-            rows=size.rows + (size.rows > 1),
-            slots=size.slots,
-            dtype=self.model.dtype,
-        )
-        free = free_memory(self.executor.device)
-        if needed > free:
-            raise MinifuseError(
-                f"a key/value cache of {size.rows} x {size.slots} slots needs "
-                f"{needed / 1e9:.2f} GB and {free / 1e9:.2f} GB of memory are free; use fewer or "
-                "shorter prompts at once"
-            )
-        return size
 
-    # Prefill
+    # Serving
 
-    def _prefill(self, session: Session, jobs: Sequence[Job]) -> None:
-        """Prefix, segments, weights, views; afterwards `view_logits` has every first token's."""
-        for row, job in enumerate(jobs):
-            self._fill_prefix(session, row, job)
-            job.place_segments()
-        segments = [job.packed.take_pending() for job in jobs]
-        hidden = self._run_segments(session, jobs, segments)
-        self._make_moves(session, jobs)
-        for job in jobs:
-            job.place_signal_views()
-        self._run_views(session, jobs)
-        for row, job in enumerate(jobs):
-            values = None
-            if job.needs_signal and job.signal == "likelihood":
-                values = self._likelihood(job, hidden[row], segments[row])
-            elif job.needs_signal:
-                values = self._confidence(job)
-            job.set_weights(values)
-            job.place_views()
-        self._run_views(session, jobs)
+    def _serve(
+        self, jobs: Sequence[Job], size: Size, batch_size: int
+    ) -> Generator[tuple[int, list[StreamEvent], CountedResults | None], None, None]:
+        """Answer jobs, up to `batch_size` at once; whoever is done makes room for who waits.
 
-    def _fill_prefix(self, session: Session, row: int, job: Job) -> None:
-        """Put the prefix into a row of the cache, computed where it is not stored."""
-        span = job.packed.prefix()
-        if span is None:
-            return
-        job.packed.take_pending()
-        # Dynamic RoPE turns the same tokens by other angles in a longer request.
-        key = (span.token_ids, self._rope_length(job))
-        if key not in self._prefixes:
-            self._prefixes[key] = self._compute_prefix(session, job, span)
+        yields: a job's index, what a step gave it, and its results with the last step
+        """
+        executor = self.executor
+        compile_s, recompiles = executor.compile_s, executor.recompiles
+        waiting = deque(enumerate(jobs))
+        live: dict[int, Job] = {}
+        with executor.pool(size) as pool:
+            clock = _Clock(executor)
+            while waiting or live:
+                clock.lap_ms()
+                # Prefill runs best with many tokens: places are filled again by the half.
+                room = batch_size - len(live) if 2 * len(live) <= batch_size else 0
+                with torch.inference_mode():
+                    new = self._admit(pool, waiting, room)
+                    events = self._start(pool, new) if new else self._step(pool, live)
+                share = clock.lap_ms() / len(events)
+                live |= new
+                for index, found in events.items():
+                    job, results = live[index], None
+                    if new:
+                        job.prefill_ms = share
+                    else:
+                        job.decode_ms.append(share)
+                    if not job.live:
+                        timings = {
+                            "load_s": self.load_s,
+                            "compile_s": executor.compile_s - compile_s,
+                            "prefill_ms": job.prefill_ms,
+                            "decode_ms": job.decode_ms,
+                        }
+                        results = self._results(job, timings, executor.recompiles - recompiles)
+                        found += _vote_events(results)
+                        pool.release(job.lease)
+                        del live[index]
+                    yield index, found, results
+
+    def _admit(self, pool: Pool, waiting: deque[tuple[int, Job]], count: int) -> dict[int, Job]:
+        """Give the first jobs that wait their places, as long as they fit, at most to `count`."""
+        admitted = {}
+        while waiting and len(admitted) < count:
+            index, job = waiting[0]
+            lease = self._lease(pool, job)
+            if lease is None and pool.is_idle:
+                pool.release_prefixes()  # one that nobody uses lies in the way
+                lease = self._lease(pool, job)
+            if lease is None:
+                break
+            job.lease = lease
+            admitted[index] = job
+            waiting.popleft()
+        return admitted
+
+    def _lease(self, pool: Pool, job: Job) -> Lease | None:
+        """Slots and labels for a job, its prefix in place; None where too few are free."""
+        inv_freq = self.executor.make_inv_freq(self._rope_length(job))
+        prefix, packed = None, PackedPrompt(job.prompt)
+        span = packed.prefix()
+        if span is not None:
+            key = self._prefix_key(job)
+            prefix = pool.prefixes.get(key) or pool.lease_prefix(key, prefix_need(job), inv_freq)
+            if prefix is None:
+                return None
+            if not prefix.rules:
+                pool.write_rules([(prefix, packed.sees)])
+                self._fill_prefix(pool, key, prefix, span)
+        return pool.lease(own_need(job), inv_freq, prefix)
+
+    def _fill_prefix(self, pool: Pool, key: PrefixKey, lease: Lease, span: Span) -> None:
+        """Put a prefix into its slots, computed where it is not stored."""
+        slots = torch.tensor(lease.slots[1:], device=self.executor.device)
+        if key in self._prefixes:
+            write_slots(pool.cache, slots, self._prefixes[key])
+            pool.place_keys(lease, span.slots, span.label, span.first_position)
+        else:
+            self.executor.prefill(pool, [(lease, tokens_of([span]))])
+            self._prefixes[key] = read_slots(pool.cache, slots)
             if len(self._prefixes) > STORED_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
-        copy_prefix(session.cache, row, self._prefixes[key])
-        session.place_keys(row, span.slots, span.label, span.first_position)
 
-    def _compute_prefix(self, session: Session, job: Job, span: Span) -> KVCache:
-        """Keys and values of a prefix, float[1, K, P, D]; a batch borrows a row for it."""
-        size = session.size
-        with contextlib.ExitStack() as stack:
-            if size.rows > 1:
-                session = stack.enter_context(self._session([job], replace(size, rows=1)))
-            session.set_tables([job.packed.sees])
-            self.executor.prefill(session, [_tokens_of([span])])
-            return snapshot_prefix(session.cache, len(span.slots))
-
-    def _run_segments(
-        self, session: Session, jobs: Sequence[Job], spans: Sequence[Sequence[Span]]
-    ) -> Sequence[Tensor | None]:
-        """Encode segments; per job hidden states float[n, C], None where no token is to be run."""
-        rows = [_tokens_of(row) for row in spans]
-        if not any(rows):
-            return [None] * len(jobs)
-        session.set_tables([job.packed.sees for job in jobs])
-        return self.executor.prefill(session, rows).unbind()
-
-    def _make_moves(self, session: Session, jobs: Sequence[Job]) -> None:
-        rows = [
-            [
-                Copy(source, target, move.turn, move.target.label)
-                for move in job.packed.take_moves()
-                for source, target in zip(move.source.slots, move.target.slots, strict=True)
-            ]
-            for job in jobs
-        ]
-        if any(rows):
-            self.executor.move(session, rows)
-
-    def _run_views(self, session: Session, jobs: Sequence[Job]) -> None:
-        """Run the pending suffixes; the logits of each one's last token go to `view_logits`."""
-        spans = [job.packed.take_pending() for job in jobs]
-        if not any(spans):
-            return
-        session.set_tables([job.packed.sees for job in jobs])
-        ends = [
-            (row, sum(len(span.token_ids) for span in row_spans[: i + 1]) - 1)
-            for row, row_spans in enumerate(spans)
-            for i in range(len(row_spans))
-        ]
-        logits = iter(self.executor.read(session, [_tokens_of(row) for row in spans], ends))
-        for job, row_spans in zip(jobs, spans, strict=True):
-            job.view_logits.update((span, next(logits)) for span in row_spans)
-
-    # Weights
-
-    def _likelihood(self, job: Job, hidden: Tensor | None, spans: Sequence[Span]) -> Tensor | None:
-        """Mean log-likelihood of each segment's tokens after its first, f32[N].
-
-        None, with a warning, where a segment has one token only: nothing in it is predicted.
-
-        hidden: float[n, C] of the row's tokens, in the order of `spans`
-        """
-        if min(map(len, job.prompt.segment_ids)) < 2:
-            warnings.warn(
-                "a segment of one token has no likelihood; all segments weigh the same",
-                stacklevel=2,
-            )
-            return None
-        starts, start = {}, 0
-        for span in spans:
-            starts[span] = start
-            start += len(span.token_ids)
-        means = []
-        for index, token_ids in enumerate(job.prompt.segment_ids):
-            start = starts[job.packed.segment(Encoding.ALONE, index)]
-            rows = hidden[start : start + len(token_ids) - 1]
-            means.append(self._target_logprobs(rows, token_ids[1:]).mean())
-        return torch.stack(means)
-
-    def _target_logprobs(self, hidden: Tensor, targets: Sequence[int]) -> Tensor:
-        """Log-probability of one target per row: float[n, C], n ids -> f32[n]."""
-        index = torch.tensor(targets, device=hidden.device)[:, None]
-        chunks = [
-            torch.log_softmax(self.executor.unembed(rows), -1).gather(1, ids)
-            for rows, ids in zip(hidden.split(LOGIT_ROWS), index.split(LOGIT_ROWS), strict=True)
-        ]
-        return torch.cat(chunks)[:, 0]
-
-    def _confidence(self, job: Job) -> Tensor:
-        """Negative entropy in nats of each plain prompt's next-token distribution, f32[N]."""
-        logits = torch.stack(
-            [job.view_logits[job.view(single_view(i)).suffix] for i in range(job.num_segments)]
-        )
-        logprobs = torch.log_softmax(logits, dim=-1)
-        return (logprobs.exp() * logprobs).sum(-1)
-
-    # Decoding
-
-    def _run(
-        self, jobs: Sequence[Job], size: Size
-    ) -> Generator[StreamEvent, None, list[CountedResults]]:
-        executor = self.executor
-        compile_s, recompiles = executor.compile_s, executor.recompiles
-        timings = {"load_s": self.load_s, "compile_s": 0.0, "prefill_ms": 0.0, "decode_ms": []}
-        with self._session(jobs, size) as session:
-            clock = _Clock(executor)
-            with torch.inference_mode():
-                self._prefill(session, jobs)
-                score_targets(self.executor, session, jobs)
-                for job in jobs:
-                    self._start_answers(job)
-                session.set_tables([job.packed.sees for job in jobs])
-                events = self._first_tokens(jobs)
-            timings["prefill_ms"] = clock.lap_ms()
-            yield from events
-            while any(job.live for job in jobs):
-                clock.lap_ms()
-                with torch.inference_mode():
-                    events = self._step(session, jobs)
-                timings["decode_ms"].append(clock.lap_ms())
-                yield from events
-        timings["compile_s"] = executor.compile_s - compile_s
-        results = []
-        for job in jobs:
-            result = self._results(job, timings, executor.recompiles - recompiles)
-            results.append(result)
-            for found in result.values():
-                if FusionMethod.VOTE in found:
-                    vote = found[FusionMethod.VOTE]
-                    yield StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason)
-        return results
+    def _start(self, pool: Pool, jobs: Mapping[int, Job]) -> dict[int, list[StreamEvent]]:
+        """Run the prompts of new jobs, score what is to be scored; each answer's first token."""
+        prefill(self.executor, pool, list(jobs.values()))
+        score_targets(self.executor, pool, list(jobs.values()))
+        for job in jobs.values():
+            self._start_answers(job)
+        return {index: self._first_tokens(job) for index, job in jobs.items()}
 
     def _start_answers(self, job: Job) -> None:
         config = job.plan.generation
@@ -517,30 +464,29 @@ class Fuser:
                 generator=generator,
             )
 
-    def _first_tokens(self, jobs: Sequence[Job]) -> list[StreamEvent]:
+    def _first_tokens(self, job: Job) -> list[StreamEvent]:
         events = []
-        for job in jobs:
-            for state in job.states.values():
-                logits = torch.stack([job.view_logits[view.suffix] for view in state.views])
-                events += _extend(job, state, logits)
+        for state in job.states.values():
+            logits = torch.stack([job.view_logits[view.suffix] for view in state.views])
+            events += _extend(job, state, logits)
+        job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
         return events
 
-    def _step(self, session: Session, jobs: Sequence[Job]) -> list[StreamEvent]:
+    def _step(self, pool: Pool, jobs: Mapping[int, Job]) -> dict[int, list[StreamEvent]]:
         """One forward over all live streams; every answer gets its next token."""
-        num_labels = [job.packed.num_labels for job in jobs]
-        steps = [job.next_step() for job in jobs]
-        if num_labels != [job.packed.num_labels for job in jobs]:  # some answers part
-            session.set_tables([job.packed.sees for job in jobs])
-        copies = [row_copies for _, row_copies in steps]
-        if any(copies):
-            self.executor.move(session, copies)
-        logits = self.executor.decode(session, [tokens for tokens, _ in steps])
-        return [
-            event
-            for job, row_logits in zip(jobs, logits, strict=False)
-            for state in job.live
-            for event in _extend(job, state, row_logits[state.rows])
-        ]
+        steps = [job.next_step() for job in jobs.values()]
+        write_rules(pool, jobs.values())  # where answers part
+        leases = [job.lease for job in jobs.values()]
+        self.executor.move(
+            pool, [(lease, copies) for lease, (_, copies) in zip(leases, steps, strict=True)]
+        )
+        logits = self.executor.decode(
+            pool, [(lease, tokens) for lease, (tokens, _) in zip(leases, steps, strict=True)]
+        )
+        return {
+            index: [event for state in job.live for event in _extend(job, state, own[state.rows])]
+            for (index, job), own in zip(jobs.items(), logits, strict=True)
+        }
 
     # Results
 
@@ -606,14 +552,6 @@ class _Clock:
         return 1000 * elapsed
 
 
-def _tokens_of(spans: Iterable[Span]) -> list[Token]:
-    return [
-        Token(token_id, position, slot, span.label)
-        for span in spans
-        for token_id, position, slot in zip(span.token_ids, span.positions, span.slots, strict=True)
-    ]
-
-
 def _extend(job: Job, state: AnswerState, logits: Tensor) -> list[StreamEvent]:
     """Reduce the streams' logits f32[R, V], pick a token, and tell every method that reads it.
 
@@ -643,10 +581,23 @@ def _extend(job: Job, state: AnswerState, logits: Tensor) -> list[StreamEvent]:
     ]
 
 
-def _drain(events: Generator):
-    """Run a generator to its end; its return value."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
+def _vote_events(results: CountedResults) -> list[StreamEvent]:
+    """Votes are known at the end alone."""
+    votes = [found[FusionMethod.VOTE] for found in results.values() if FusionMethod.VOTE in found]
+    return [
+        StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason) for vote in votes
+    ]
+
+
+def own_need(job: Job) -> Need:
+    """What a job takes in the pool beside its prefix, scoring included."""
+    num_prefix = len(job.prompt.prefix_ids)
+    return Need(
+        slots=job.extent.slots + scoring_slots(job) - 1 - num_prefix,
+        labels=job.extent.labels + scoring_labels(job) - 1 - bool(num_prefix),
+    )
+
+
+def prefix_need(job: Job) -> Need:
+    num_prefix = len(job.prompt.prefix_ids)
+    return Need(num_prefix, int(num_prefix > 0))

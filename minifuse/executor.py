@@ -1,15 +1,14 @@
 """Runs tokens through compiled graphs of a few fixed sizes over a static cache.
 
-A graph is known by (kind, rows, tokens, slots, labels). It is compiled on first use, by a run that
-holds padding alone; from then on nothing that fits recompiles: layouts, methods and weights are
-values in tensors. Longer inputs go through in chunks, which changes nothing: a token sees earlier
-slots alone, and those are in the cache by then.
+A graph is known by its kind, its number of tokens, and the size of the pool (see `Graph`). It is
+compiled on first use, by a run that holds padding alone; from then on nothing that fits recompiles:
+layouts, methods, weights and batch mates are values in tensors. Longer inputs go through in chunks,
+which changes nothing: a token sees earlier slots alone, and those are in the cache by then.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
 from typing import NamedTuple
@@ -19,16 +18,18 @@ from torch import Tensor
 
 from minifuse.cache import KVCache, allocate_cache, move_keys
 from minifuse.config import ModelConfig
-from minifuse.masks import make_decode_mask, make_prefill_mask, make_tables
-from minifuse.model import AttentionMask, AttentionRule, LayerMasks, Params, forward, unembed
+from minifuse.masks import Labels, Tables, make_mask
+from minifuse.model import LayerMasks, Params, forward, unembed
+from minifuse.pool import Lease, Pool, Size
 from minifuse.rope import make_inv_freq
 
 PREFILL_SIZES = (128, 512)
-# Several rows make up for shorter calls, and so pad less.
-BATCH_PREFILL_SIZES = (32, 512)
-DECODE_SIZES = (1, 8, 32)
-LABEL_COUNTS = (256, 1024)
-MIN_SLOTS = 1024
+# Tokens whose queries visit the same blocks of keys.
+PREFILL_BLOCK = 32
+# Tokens of a step, and how many share their blocks. The streams of one request see mostly the same
+# keys, and read them together; those of many requests do not.
+DECODE_BLOCKS = {1: 1, 8: 8, 32: 32}
+SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
 # What a call costs beside its tokens, in tokens; and the cost of a call of one token, which reads
 # weights faster than any other.
 CALL_COST = 14
@@ -42,7 +43,7 @@ CPU_OPTIONS = {"realize_opcount_threshold": 10, "size_asserts": False}
 
 
 class Token(NamedTuple):
-    """One token to run: its id, and where it lies."""
+    """One token to run: its id, and where it lies by its request's own count."""
 
     id: int
     position: int
@@ -65,103 +66,75 @@ class Copy(NamedTuple):
 class Inputs(NamedTuple):
     """The tokens of one call."""
 
-    token_ids: Tensor  # i64[B, T]
-    positions: Tensor  # i64[B, T]
-    slots: Tensor  # i64[B, T]
-    labels: Tensor  # i32[B, T]
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a batch takes, and what its graphs are compiled for, beside the number of tokens."""
-
-    rows: int
-    slots: int
-    labels: int
+    token_ids: Tensor  # i64[T]
+    positions: Tensor  # i64[T]
+    slots: Tensor  # i64[T]
+    labels: Tensor  # i32[T]
+    inv_freq: Tensor  # f32[T, D/2]
 
 
 class Context(NamedTuple):
-    """What the tokens of a call find: where keys lie, how they turn, and who sees them."""
+    """What the tokens of a call find: what lies in every slot, and who sees whom."""
 
-    key_labels: Tensor  # i32[B, S], 0 where nothing is written
-    key_positions: Tensor  # i64[B, S]
-    inv_freq: Tensor  # f32[B, D/2]
-    visibility: Tensor  # bool[B, L, L]
-    bias: Tensor  # f32[B, L, L]
+    key_labels: Tensor  # i32[S]
+    key_positions: Tensor  # i64[S]
+    tables: Tables
 
 
-@dataclass
-class Session:
-    """The cache and the context of a batch of requests while they are answered."""
+# What is run for each lease.
+TokenGroups = Sequence[tuple[Lease, Sequence[Token]]]
+CopyGroups = Sequence[tuple[Lease, Sequence[Copy]]]
 
+
+class Graph(NamedTuple):
+    """What a graph is compiled for.
+
+    block: tokens whose queries visit the same blocks of keys
+    """
+
+    kind: str
+    tokens: int
+    block: int
     size: Size
-    cache: KVCache
-    context: Context
-
-    def set_tables(self, sees: Sequence[dict[int, dict[int, float]]]) -> None:
-        """Fill the tables from each row's rules; rows beyond them hold padding."""
-        padding = [{0: {0: 0.0}}] * (self.size.rows - len(sees))
-        visibility, bias = make_tables(
-            [*sees, *padding], self.size.labels, self.context.bias.device
-        )
-        self.context = self.context._replace(visibility=visibility, bias=bias)
-
-    def place_keys(self, row: int, slots: range, label: int, first_position: int) -> None:
-        """Say what lies in consecutive slots of a row: one label, consecutive positions."""
-        where = slice(slots.start, slots.stop)
-        self.context.key_labels[row, where] = label
-        positions = torch.arange(first_position, first_position + len(slots))
-        self.context.key_positions[row, where] = positions.to(self.context.key_positions)
-
-    def forget_keys(self, row: int, first_slot: int) -> None:
-        """Hide all keys of a row from a slot on."""
-        self.context.key_labels[row, first_slot:] = 0
 
 
 def prefill_step(
-    params: Params, config: ModelConfig, inputs: Inputs, cache: KVCache, context: Context
-) -> Tensor:
-    """Hidden states float[B, T, C] of many tokens; `cache` is changed in place."""
-
-    def make_mask(rule: AttentionRule) -> AttentionMask:
-        return make_prefill_mask(rule, config.group_size)
-
-    return _forward(params, config, inputs, cache, context, make_mask)
-
-
-def decode_step(
-    params: Params, config: ModelConfig, inputs: Inputs, cache: KVCache, context: Context
-) -> Tensor:
-    """Logits f32[B, T, V] of a few tokens; `cache` is changed in place."""
-    return unembed(params, _forward(params, config, inputs, cache, context, make_decode_mask))
-
-
-def _forward(
     params: Params,
     config: ModelConfig,
+    block: int,
     inputs: Inputs,
     cache: KVCache,
     context: Context,
-    make_mask: Callable[[AttentionRule], AttentionMask],
 ) -> Tensor:
-    tokens, positions, slots, labels = inputs
-    key_labels, key_positions, inv_freq, visibility, bias = context
-    rule = AttentionRule(labels, slots, key_labels, visibility, bias)
-    windowed = rule._replace(
-        query_positions=positions, key_positions=key_positions, window=config.sliding_window
-    )
+    """Hidden states float[T, C] of many tokens; `cache` is changed in place."""
+    token_ids, positions, slots, query_labels, inv_freq = inputs
+    key_labels, key_positions, tables = context
+    labels = Labels(query_labels, slots, positions, key_labels, key_positions)
     num_sliding = len(config.sliding_layers)
     masks = LayerMasks(
-        full=make_mask(rule) if num_sliding < config.num_hidden_layers else None,
-        sliding=make_mask(windowed) if num_sliding else None,
+        full=make_mask(labels, tables, block) if num_sliding < config.num_hidden_layers else None,
+        sliding=make_mask(labels, tables, block, config.sliding_window) if num_sliding else None,
     )
-    return forward(params, config, tokens, positions, slots, inv_freq, cache, masks)
+    rows = (part[None] for part in (token_ids, positions, slots, inv_freq))
+    return forward(params, config, *rows, cache, masks)[0]
+
+
+def decode_step(
+    params: Params,
+    config: ModelConfig,
+    block: int,
+    inputs: Inputs,
+    cache: KVCache,
+    context: Context,
+) -> Tensor:
+    """Logits f32[T, V] of a few tokens; `cache` is changed in place."""
+    return unembed(params, prefill_step(params, config, block, inputs, cache, context)[None])[0]
 
 
 class Executor:
     """Owns params, compiled graphs and cache buffers; knows nothing of text or methods.
 
-    compile_s:  seconds spent in compiling runs so far
+    graphs:     seconds that each compiling run took
     recompiles: graphs compiled outside of such runs; 0 unless something is wrong
     """
 
@@ -169,94 +142,86 @@ class Executor:
         self.config = config
         self.params = params
         self.is_compiled = compile
-        self.compile_s = 0.0
         self.recompiles = 0
         self._steps = {"prefill": prefill_step, "decode": decode_step}
         if compile:
             self._steps = {
-                kind: _compile(step, params.embed.device) for kind, step in self._steps.items()
+                kind: _compile(step, params.final_norm.device) for kind, step in self._steps.items()
             }
-        self._compiled: set[tuple[str, int, Size]] = set()
+        self.graphs: dict[Graph, float] = {}
         self._free_caches: list[KVCache] = []
 
     @property
     def device(self) -> torch.device:
-        return self.params.embed.device
+        return self.params.final_norm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.params.embed.dtype
+        return self.params.final_norm.dtype
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent in compiling runs so far."""
+        return sum(self.graphs.values())
 
     @contextmanager
-    def session(self, size: Size, rope_lengths: Sequence[int | None] = ()) -> Iterator[Session]:
-        """Tensors for a batch; the cache goes back to be used again.
-
-        Stale keys in it are harmless: nothing sees a slot whose label is 0.
-
-        rope_lengths: `config.rope_length` of each row's request; None for the rows beyond them
-        """
-        with torch.inference_mode():
-            visibility, bias = make_tables([{0: {0: 0.0}}] * size.rows, size.labels, self.device)
-            lengths = [*rope_lengths, *[None] * (size.rows - len(rope_lengths))]
-            inv_freq = torch.stack([make_inv_freq(self.config, length) for length in lengths])
-            shape = (size.rows, size.slots)
-            context = Context(
-                key_labels=torch.zeros(shape, dtype=torch.int32, device=self.device),
-                key_positions=torch.zeros(shape, dtype=torch.long, device=self.device),
-                inv_freq=inv_freq.to(self.device),
-                visibility=visibility,
-                bias=bias,
-            )
-            session = Session(size, self._take_cache(size), context)
+    def pool(self, size: Size) -> Iterator[Pool]:
+        """Slots and tables for requests; the cache goes back to be used again."""
+        pool = Pool(size, self._take_cache(size.slots))
         try:
-            yield session
+            yield pool
         finally:
-            # The most recent two sizes are kept: a batch, and the single row of its prefix.
-            self._free_caches = [session.cache, *self._free_caches][:2]
-
-    def _take_cache(self, size: Size) -> KVCache:
-        for i, cache in enumerate(self._free_caches):
-            if (cache.keys[0].shape[0], cache.num_slots) == (size.rows, size.slots):
-                return self._free_caches.pop(i)
-        self._free_caches.clear()
-        return allocate_cache(
-            self.config, rows=size.rows, slots=size.slots, dtype=self.dtype, device=self.device
-        )
-
-    def prefill(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
-        """Run tokens, any number of them; hidden states float[B, n, C] of the longest row's n."""
-        sizes = PREFILL_SIZES if session.size.rows == 1 else BATCH_PREFILL_SIZES
-        return self._run_chunks("prefill", session, rows, sizes)
-
-    def decode(self, session: Session, rows: Sequence[Sequence[Token]]) -> Tensor:
-        """Run a few tokens through the decode graph; logits f32[B, n, V]."""
-        return self._run_chunks("decode", session, rows, DECODE_SIZES)
-
-    def read(
-        self, session: Session, rows: Sequence[Sequence[Token]], wanted: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Run tokens, and return the logits of some of them.
-
-        wanted:  (row, index in that row) pairs
-        returns: f32[len(wanted), V]
-        """
-        row_index, token_index = (list(index) for index in zip(*wanted, strict=True))
-        if is_short(rows):
-            return self.decode(session, rows)[row_index, token_index]
-        return self.unembed(self.prefill(session, rows)[row_index, token_index])
+            # The most recent two are kept: that of a batch, and that of single requests.
+            self._free_caches = [pool.cache, *self._free_caches][:2]
 
     @torch.inference_mode()
-    def move(self, session: Session, rows: Sequence[Sequence[Copy]]) -> None:
+    def _take_cache(self, slots: int) -> KVCache:
+        for i, cache in enumerate(self._free_caches):
+            if cache.num_slots == slots:
+                return self._free_caches.pop(i)
+        del self._free_caches[1:]
+        return allocate_cache(
+            self.config, rows=1, slots=slots, dtype=self.dtype, device=self.device
+        )
+
+    def make_inv_freq(self, rope_length: int | None) -> Tensor:
+        """f32[D/2] on the device; see `rope.make_inv_freq`."""
+        return make_inv_freq(self.config, rope_length).to(self.device)
+
+    def prefill(self, pool: Pool, groups: TokenGroups) -> list[Tensor]:
+        """Run tokens, any number of them; hidden states float[n, C] of each group."""
+        return self._run_chunks("prefill", pool, groups)
+
+    def decode(self, pool: Pool, groups: TokenGroups) -> list[Tensor]:
+        """Run a few tokens through the decode graph; logits f32[n, V] of each group."""
+        return self._run_chunks("decode", pool, groups)
+
+    def read(self, pool: Pool, groups: TokenGroups, wanted: Sequence[tuple[int, int]]) -> Tensor:
+        """Run tokens, and return the logits of some of them.
+
+        wanted:  (group, index in that group) pairs
+        returns: f32[len(wanted), V]
+        """
+        run = self.decode if is_short(groups) else self.prefill
+        outputs = run(pool, groups)
+        rows = torch.stack([outputs[group][index] for group, index in wanted])
+        return rows if is_short(groups) else self.unembed(rows)
+
+    @torch.inference_mode()
+    def move(self, pool: Pool, groups: CopyGroups) -> None:
         """Copy keys to other slots, rotated on."""
-        length = max(map(len, rows))
-        padding = Copy(0, 0, 0, 0)
-        filled = [[*row, *[padding] * (length - len(row))] for row in rows]
-        filled += [[padding] * length] * (session.size.rows - len(rows))
-        source, target, turns, labels = torch.tensor(filled, device=self.device).movedim(-1, 0)
-        key_labels, key_positions, inv_freq, *_ = session.context
-        key_labels.scatter_(1, target, labels.int())
-        key_positions.scatter_(1, target, key_positions.gather(1, source) + turns)
-        move_keys(session.cache, source, target, turns, inv_freq)
+        moved = [
+            (lease.slots[source], lease.slots[target], turn, lease.labels[label])
+            for lease, copies in groups
+            for source, target, turn, label in copies
+        ]
+        if not moved:
+            return
+        source, target, turns, labels = torch.tensor(moved, device=self.device).unbind(-1)
+        pool.key_labels[target] = labels.int()
+        pool.key_positions[target] = pool.key_positions[source] + turns
+        inv_freq = _each_inv_freq(groups, padding=0)
+        move_keys(pool.cache, source[None], target[None], turns[None], inv_freq[None])
 
     @torch.inference_mode()
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -264,32 +229,34 @@ class Executor:
         return unembed(self.params, hidden[None])[0]
 
     @torch.inference_mode()
-    def _run_chunks(
-        self,
-        kind: str,
-        session: Session,
-        rows: Sequence[Sequence[Token]],
-        graph_sizes: tuple[int, ...],
-    ) -> Tensor:
-        length = max(map(len, rows))
-        sizes = plan_calls(length, session.size.rows, graph_sizes)
-        padded = sum(sizes)
-        filled = [[*row, *[PADDING] * (padded - len(row))] for row in rows]
-        filled += [[PADDING] * padded] * (session.size.rows - len(rows))
-        token_ids, positions, slots, labels = torch.tensor(filled, device=self.device).unbind(-1)
-        inputs = Inputs(token_ids, positions, slots, labels.int())
-        session.context.key_labels.scatter_(1, slots, inputs.labels)
-        session.context.key_positions.scatter_(1, slots, positions)
+    def _run_chunks(self, kind: str, pool: Pool, groups: TokenGroups) -> list[Tensor]:
+        """Run all groups one behind the other, in calls of compiled sizes."""
+        lengths = [len(tokens) for _, tokens in groups]
+        blocks = _blocks_of(kind, pool.size)
+        sizes = plan_calls(sum(lengths), tuple(blocks))
+        padding = sum(sizes) - sum(lengths)
+        filled = [
+            (token_id, position, lease.slots[slot], lease.labels[label])
+            for lease, tokens in groups
+            for token_id, position, slot, label in tokens
+        ]
+        filled += [PADDING] * padding
+        columns = torch.tensor(filled, device=self.device).unbind(-1)
+        token_ids, positions, slots, labels = (column.contiguous() for column in columns)
+        inputs = Inputs(token_ids, positions, slots, labels.int(), _each_inv_freq(groups, padding))
+        pool.key_labels[slots] = inputs.labels
+        pool.key_positions[slots] = positions
+        context = Context(pool.key_labels, pool.key_positions, pool.tables)
         outputs = []
-        for chunk in zip(*(part.split(list(sizes), dim=1) for part in inputs), strict=True):
-            # Contiguous and compact: a graph is compiled for one stride pattern.
-            chunk = Inputs(*(part.clone(memory_format=torch.contiguous_format) for part in chunk))
-            outputs.append(self._run(kind, session, chunk))
-        return torch.cat(outputs, dim=1)[:, :length]
+        for chunk in zip(*(part.split(list(sizes)) for part in inputs), strict=True):
+            size = chunk[0].shape[0]
+            graph = Graph(kind, size, blocks[size], pool.size)
+            outputs.append(self._run(graph, Inputs(*chunk), pool.cache, context))
+        return list(torch.cat(outputs)[: sum(lengths)].split(lengths))
 
-    def _run(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
-        key = (kind, inputs.token_ids.shape[1], session.size)
-        if self.is_compiled and key not in self._compiled:
+    def _run(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Tensor:
+        step = self._steps[graph.kind]
+        if self.is_compiled and graph not in self.graphs:
             start = time.perf_counter()
             # The default limit of 8 graphs per function would end in a silent eager fallback.
             with torch._dynamo.config.patch(
@@ -297,18 +264,31 @@ class Executor:
                 accumulated_recompile_limit=4096,
                 fail_on_recompile_limit_hit=True,
             ):
-                self._call(kind, session, Inputs(*map(torch.zeros_like, inputs)))
-            self.compile_s += time.perf_counter() - start
-            self._compiled.add(key)
+                nothing = Inputs(*map(torch.zeros_like, inputs))
+                step(self.params, self.config, graph.block, nothing, cache, context)
+            self.graphs[graph] = time.perf_counter() - start
         before = count_compiled_graphs()
-        output = self._call(kind, session, inputs)
+        output = step(self.params, self.config, graph.block, inputs, cache, context)
         if self.is_compiled:
             self.recompiles += count_compiled_graphs() - before
         return output
 
-    def _call(self, kind: str, session: Session, inputs: Inputs) -> Tensor:
-        step = self._steps[kind]
-        return step(self.params, self.config, inputs, session.cache, session.context)
+
+def _blocks_of(kind: str, size: Size) -> dict[int, int]:
+    """Compiled sizes, and for each the tokens that share their blocks."""
+    if kind == "prefill":
+        return dict.fromkeys(PREFILL_SIZES, PREFILL_BLOCK)
+    return SHARED_DECODE_BLOCKS if size.is_shared else DECODE_BLOCKS
+
+
+def _each_inv_freq(groups: Sequence[tuple[Lease, Sequence]], padding: int) -> Tensor:
+    """Every token's own frequencies, f32[n + padding, D/2]."""
+    counts = [len(tokens) for _, tokens in groups]
+    counts[-1] += padding
+    each = [
+        lease.inv_freq.expand(count, -1) for (lease, _), count in zip(groups, counts, strict=True)
+    ]
+    return torch.cat(each)
 
 
 def _compile(step: Callable, device: torch.device) -> Callable:
@@ -328,7 +308,7 @@ def _compile(step: Callable, device: torch.device) -> Callable:
 
 def _keep_guards(entries: Sequence) -> list[bool]:
     # Nameless guards are on torch's own state, such as the grad mode.
-    kept = ("inputs", "context", "config")
+    kept = ("inputs", "context", "config", "block")
     return [not entry.name or entry.name.startswith(kept) for entry in entries]
 
 
@@ -337,14 +317,14 @@ def count_compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def is_short(rows: Sequence[Sequence[Token]]) -> bool:
+def is_short(groups: TokenGroups) -> bool:
     """Whether the decode graph is to take the tokens."""
-    return max(map(len, rows)) <= MAX_DECODE_TOKENS
+    return sum(len(tokens) for _, tokens in groups) <= MAX_DECODE_TOKENS
 
 
 @lru_cache(maxsize=4096)
-def plan_calls(length: int, rows: int, graph_sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes of the calls that take `length` tokens of each row, at the least cost.
+def plan_calls(length: int, graph_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the calls that take `length` tokens at the least cost.
 
     graph_sizes: what is compiled, ascending; the largest is taken while much is left
     """
@@ -353,17 +333,10 @@ def plan_calls(length: int, rows: int, graph_sizes: tuple[int, ...]) -> tuple[in
     largest = graph_sizes[-1]
     if length > 2 * largest:
         whole = length // largest - 1
-        return (largest,) * whole + plan_calls(length - whole * largest, rows, graph_sizes)
-    plans = [
-        (size, *plan_calls(length - size, rows, graph_sizes)) for size in reversed(graph_sizes)
-    ]
-    return min(plans, key=lambda plan: sum(_cost_of_call(size * rows) for size in plan))
+        return (largest,) * whole + plan_calls(length - whole * largest, graph_sizes)
+    plans = [(size, *plan_calls(length - size, graph_sizes)) for size in reversed(graph_sizes)]
+    return min(plans, key=lambda plan: sum(map(_cost_of_call, plan)))
 
 
 def _cost_of_call(num_tokens: int) -> int:
     return SINGLE_COST if num_tokens == 1 else CALL_COST + num_tokens
-
-
-def round_up(value: int, choices: Sequence[int]) -> int:
-    """The smallest choice of at least `value`, else the next power of two."""
-    return next((c for c in choices if c >= value), 1 << (value - 1).bit_length())

@@ -1,8 +1,8 @@
-"""Block lists from labels and tables, and the dense mask that they stand for.
+"""Attention masks from labels and tables: what is added to every score, and the blocks to visit.
 
 The rule, for a query with label q at slot s and a key with label k at slot t:
 visible = visibility[q, k] and t <= s; in a layer with a sliding window their positions have to be
-near, too (`model.is_visible`, which every mask here asks). For a prefix, two segments and a view,
+near, too. Visible pairs get bias[q, k] on their score. For a prefix, two segments and a view,
 labels 1 to 4, one slot each behind the reserved slot 0, that is
 
     slot     0 1 2 3 4
@@ -11,100 +11,95 @@ labels 1 to 4, one slot each behind the reserved slot 0, that is
     seg 1    0 1 1 0 0
     seg 2    0 1 0 1 0
     view     0 1 1 1 1
+
+T tokens in this call, S slots, L labels, Q and J blocks of queries and keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
-from minifuse.model import (
-    KV_BLOCK,
-    AttentionMask,
-    AttentionRule,
-    BlockLists,
-    is_visible,
-    query_block_rows,
-    query_block_tokens,
-)
+from minifuse.model import KV_BLOCK, AttentionMask, BlockLists
+
+# What a query label sees: key labels, each with the finite bias on those scores.
+Rule = Mapping[int, float]
 
 
-def make_tables(
-    sees: Sequence[dict[int, dict[int, float]]], num_labels: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Dense tables of each row's rules; labels without a rule see nothing.
+class Tables(NamedTuple):
+    """Which label sees which, and what is added to those scores; `write_rules` changes them."""
 
-    sees:    per row, for every query label the key labels that it sees, with a finite bias
-    returns: visibility bool[B, L, L], bias f32[B, L, L]
+    visibility: Tensor  # bool[L, L]
+    bias: Tensor  # f32[L, L]
+
+
+class Labels(NamedTuple):
+    """Queries and keys as the rule knows them: tensors alone, so that no value recompiles."""
+
+    query_labels: Tensor  # i32[T]
+    query_slots: Tensor  # i64[T]
+    query_positions: Tensor  # i64[T]
+    key_labels: Tensor  # i32[S], 0 where nothing is written
+    key_positions: Tensor  # i64[S]
+
+
+def make_tables(num_labels: int, device: torch.device) -> Tables:
+    """Tables in which padding sees itself, and nothing else sees anything."""
+    visibility = torch.zeros(num_labels, num_labels, dtype=torch.bool, device=device)
+    visibility[0, 0] = True
+    return Tables(visibility, torch.zeros(num_labels, num_labels, device=device))
+
+
+def write_rules(tables: Tables, rules: Mapping[int, Rule]) -> None:
+    """Say anew what some query labels see; the tables are changed in place."""
+    device = tables.bias.device
+    entries = [(query, key, bias) for query, rule in rules.items() for key, bias in rule.items()]
+    queries, keys, biases = zip(*entries, strict=True)
+    index = tuple(torch.tensor(labels, device=device) for labels in (queries, keys))
+    tables.visibility[list(rules)] = False
+    tables.visibility.index_put_(index, torch.tensor(True, device=device))
+    tables.bias.index_put_(index, torch.tensor(biases, dtype=torch.float32, device=device))
+
+
+def make_dense_bias(labels: Labels, tables: Tables, window: int | None = None) -> Tensor:
+    """The rule for every query and key, f32[T, S]: the bias of visible pairs, -inf elsewhere.
+
+    window: how many of the last positions are visible, None for all
     """
-    entries = [
-        (row, query, key, bias)
-        for row, rules in enumerate(sees)
-        for query, keys in rules.items()
-        for key, bias in keys.items()
-    ]
-    rows, queries, keys, biases = zip(*entries, strict=True)
-    shape = (len(sees), num_labels, num_labels)
-    index = tuple(torch.tensor(labels) for labels in (rows, queries, keys))
-    visibility = torch.zeros(shape, dtype=torch.bool).index_put_(index, torch.tensor(True))
-    bias = torch.zeros(shape).index_put_(index, torch.tensor(biases, dtype=torch.float32))
-    return visibility.to(device), bias.to(device)
+    query, key = labels.query_labels[:, None], labels.key_labels
+    slots = torch.arange(key.shape[0], device=key.device)
+    visible = tables.visibility[query, key] & (slots <= labels.query_slots[:, None])
+    if window is not None:
+        visible &= labels.query_positions[:, None] - labels.key_positions < window
+    return torch.where(visible, tables.bias[query, key], -torch.inf)
 
 
-def make_dense_mask(rule: AttentionRule) -> Tensor:
-    """The rule for every query and key, bool[B, T, S]."""
-    (B, T), S = rule.query_labels.shape, rule.key_labels.shape[1]
-    rows, tokens, slots = (torch.arange(n, device=rule.bias.device) for n in (B, T, S))
-    return is_visible(rule, rows[:, None, None], tokens[:, None], slots)
+def make_mask(
+    labels: Labels, tables: Tables, block_tokens: int, window: int | None = None
+) -> AttentionMask:
+    """The rule as attention takes it, for one row.
 
-
-def make_decode_mask(rule: AttentionRule) -> AttentionMask:
-    """Block lists by reducing the dense mask: cheapest for the few queries of a decode step."""
-    B, T = rule.query_labels.shape
-    tokens = query_block_tokens(T, rule.query_labels.device.type)
-    dense = make_dense_mask(rule)
-    blocks = dense.view(B, T // tokens, tokens, -1, KV_BLOCK)
-    visited = blocks.any(dim=4).any(dim=2)
-    full = blocks.all(dim=4).all(dim=2)
-    if dense.is_cuda:
+    block_tokens: tokens, a divisor of T, whose queries share one row of the block lists: they
+                  visit every block that one of them sees
+    """
+    bias = make_dense_bias(labels, tables, window)
+    visible = (bias > -torch.inf).view(-1, block_tokens, bias.shape[1] // KV_BLOCK, KV_BLOCK)
+    visited = visible.any(dim=3).any(dim=1)
+    full = visible.all(dim=3).all(dim=1)
+    if bias.is_cuda:
         # Triton's decode kernel splits its work over the partial blocks alone.
         full = torch.zeros_like(full)
-    partial = visited & ~full
-    return AttentionMask(rule, BlockLists(*_list_blocks(partial), *_list_blocks(full)))
+    lists = BlockLists(*_list_blocks(visited & ~full), *_list_blocks(full))
+    return AttentionMask(bias[None], lists)
 
 
 def _list_blocks(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and indices of the set entries, set ones first: bool[B, Q, J] -> i32[B, 1, Q, ...]."""
-    wanted = wanted[:, None].int()
+    """Counts i32[1, 1, Q] and indices i32[1, 1, Q, J] of the set entries of bool[Q, J].
+
+    Set entries come first, in slot order.
+    """
+    wanted = wanted[None, None].int()
     # A stable sort of the flags keeps the blocks in slot order.
     indices = torch.argsort(wanted, dim=-1, descending=True, stable=True)
     return wanted.sum(dim=-1, dtype=torch.int32), indices.to(torch.int32)
-
-
-def make_prefill_mask(rule: AttentionRule, group_size: int) -> AttentionMask:
-    """Block lists by `create_block_mask`, for queries folded as in `model.attend`."""
-    B, T = rule.query_labels.shape
-
-    def mask_mod(b, h, q, k):
-        return is_visible(rule, b, q // group_size, k)
-
-    device = rule.query_labels.device
-    block_mask = create_block_mask(
-        mask_mod,
-        B,
-        None,
-        T * group_size,
-        rule.key_labels.shape[1],
-        device=device,
-        BLOCK_SIZE=(query_block_rows(T, group_size, device.type), KV_BLOCK),
-    )
-    return AttentionMask(
-        rule,
-        BlockLists(
-            block_mask.kv_num_blocks,
-            block_mask.kv_indices,
-            block_mask.full_kv_num_blocks,
-            block_mask.full_kv_indices,
-        ),
-    )

@@ -2,10 +2,10 @@
 
 Pure functions of (params, tokens, positions, slots, cache, mask tensors). Prefill and decode are
 the same function at different T, and nothing here knows what a paraphrase is: who sees whom is
-said by labels and two tables (see `AttentionRule`).
+said by a bias on every score (see `AttentionMask`; `masks` makes them of labels and two tables).
 
 Letters: B rows, T tokens in this call, S cache slots, H query heads, K key/value heads, G = H/K,
-D head size, C hidden size, F MLP size, V vocabulary, L labels, Q and J blocks of queries and keys.
+D head size, C hidden size, F MLP size, V vocabulary, Q and J blocks of queries and keys.
 """
 
 from itertools import islice
@@ -49,25 +49,6 @@ class Params(NamedTuple):
     lm_head: Tensor  # float[V, C]
 
 
-class AttentionRule(NamedTuple):
-    """Who sees whom, as tensors alone, so that no value in it ever recompiles a graph.
-
-    A query sees a key if the table says so for their labels, and the key's slot is not later than
-    its own. In layers with a sliding window the key has to be one of the last `window` positions
-    as well. The tensors are inputs of the graph, none is computed in it: Inductor finds no kernel
-    where flex_attention captures what is not in memory (torch 2.13, CPU).
-    """
-
-    query_labels: Tensor  # i32[B, T]
-    query_slots: Tensor  # i64[B, T]
-    key_labels: Tensor  # i32[B, S]
-    visibility: Tensor  # bool[B, L, L]
-    bias: Tensor  # f32[B, L, L]
-    query_positions: Tensor | None = None  # i64[B, T]
-    key_positions: Tensor | None = None  # i64[B, S]
-    window: int | None = None
-
-
 class BlockLists(NamedTuple):
     """The key blocks that a block of queries has to visit.
 
@@ -81,9 +62,13 @@ class BlockLists(NamedTuple):
 
 
 class AttentionMask(NamedTuple):
-    """A rule and the block lists that follow from it."""
+    """What is added to every score, and the blocks that are worth a visit.
 
-    rule: AttentionRule
+    A hidden pair's bias is -inf. It is worked out once per call and read by all layers; values in
+    it never recompile a graph.
+    """
+
+    bias: Tensor  # f32[B, T, S]
     blocks: BlockLists
 
 
@@ -106,7 +91,7 @@ class Rotation(NamedTuple):
 def make_rotation(inv_freq: Tensor, positions: Tensor, group_size: int) -> Rotation:
     """Angles of i64[B, T] positions; a token's G folded queries share its angle.
 
-    inv_freq: f32[B, D/2]
+    inv_freq: f32[B, T, D/2], or what broadcasts to it
     """
     cos, sin = make_cos_sin(inv_freq, positions)
     folded = (angles.repeat_interleave(group_size, dim=1) for angles in (cos, sin))
@@ -122,29 +107,9 @@ def lookup(table: Tensor, *indices: Tensor) -> Tensor:
     return torch.ops.aten.index.Tensor(table, list(indices))
 
 
-def is_visible(rule: AttentionRule, b: Tensor, t: Tensor, k: Tensor) -> Tensor:
-    """The rule, for row b, query token t and key slot k: index tensors that broadcast."""
-    label = lookup(rule.query_labels, b, t)
-    seen = lookup(rule.visibility, b, label, lookup(rule.key_labels, b, k))
-    seen = seen & (k <= lookup(rule.query_slots, b, t))
-    if rule.window is not None:
-        distance = lookup(rule.query_positions, b, t) - lookup(rule.key_positions, b, k)
-        seen = seen & (distance < rule.window)
-    return seen
-
-
-def query_block_tokens(num_tokens: int, device_type: str = "cpu") -> int:
-    """Tokens whose queries share one row of the block lists.
-
-    A divisor of the token count: Inductor's CPU code for a compiled `create_block_mask` breaks
-    on a last block that is cut short. Triton's kernels want at least 128 queries in a block.
-    """
-    return min(num_tokens, 32 if device_type == "cpu" else 128)
-
-
 def query_block_rows(num_tokens: int, group_size: int, device_type: str) -> int:
-    """Folded queries in a block; on CUDA a few tokens' block reaches beyond the last of them."""
-    rows = query_block_tokens(num_tokens, device_type) * group_size
+    """Folded queries in a block of some tokens; Triton's kernels want a multiple of 128."""
+    rows = num_tokens * group_size
     return rows if device_type == "cpu" else -(-rows // 128) * 128
 
 
@@ -200,21 +165,18 @@ def attend(
     keys, values: float[B, K, S, D]
     returns:      float[B, K, T * G, D]
     """
-    rule, blocks = mask
-    T = rule.query_labels.shape[1]
+    bias, blocks = mask
+    T = bias.shape[1]
     G = q_BKTD.shape[2] // T
-
-    def mask_mod(b, h, q, k):
-        return is_visible(rule, b, q // G, k)
+    query_blocks = blocks.num_partial.shape[2]
 
     def score_mod(score, b, h, q, k):
-        label = lookup(rule.query_labels, b, q // G)
-        return score + lookup(rule.bias, b, label, lookup(rule.key_labels, b, k))
+        return score + lookup(bias, b, q // G, k)
 
     block_mask = BlockMask.from_kv_blocks(
         *blocks,
-        BLOCK_SIZE=(query_block_rows(T, G, keys.device.type), KV_BLOCK),
-        mask_mod=mask_mod,
+        BLOCK_SIZE=(query_block_rows(T // query_blocks, G, keys.device.type), KV_BLOCK),
+        mask_mod=None,
         seq_lengths=(T * G, keys.shape[2]),
         compute_q_blocks=False,
     )
@@ -266,19 +228,19 @@ def decoder_layer(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    bias: Tensor,
     *parts: Tensor | None,
 ) -> Tensor:
     """One layer; a region that the compiler traces once however many layers there are.
 
     Torch 2.13 traces it anew for every layer unless each argument is a tensor or a constant, so
-    `parts` are the fields of Rotation, AttentionRule, BlockLists and LayerParams, in this order.
+    `parts` are the fields of Rotation, BlockLists and LayerParams, in this order.
     """
     fields = iter(parts)
-    rotation, rule, blocks, layer = (
-        kind(*islice(fields, len(kind._fields)))
-        for kind in (Rotation, AttentionRule, BlockLists, LayerParams)
+    rotation, blocks, layer = (
+        kind(*islice(fields, len(kind._fields))) for kind in (Rotation, BlockLists, LayerParams)
     )
-    mask = AttentionMask(rule, blocks)
+    mask = AttentionMask(bias, blocks)
     normed = rms_norm(x, layer.attn_norm, eps)
     x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, eps, scale)
     return x + mlp_block(rms_norm(x, layer.mlp_norm, eps), layer)
@@ -297,7 +259,7 @@ def forward(
     """Run new tokens through all layers; their keys and values are written into `cache`.
 
     tokens, positions, slots: i64[B, T]
-    inv_freq: f32[B, D/2]
+    inv_freq: f32[B, T, D/2], or what broadcasts to it
     returns:  float[B, T, C], normed hidden states; `unembed` turns those asked for into logits
     """
     x = F.embedding(tokens, params.embed)
@@ -305,8 +267,8 @@ def forward(
     eps, scale = config.rms_norm_eps, config.attention_scale
     layers = zip(params.layers, cache.keys, cache.values, strict=True)
     for index, (layer, keys, values) in enumerate(layers):
-        rule, blocks = masks.sliding if index in config.sliding_layers else masks.full
-        x = decoder_layer(eps, scale, x, keys, values, slots, *rotation, *rule, *blocks, *layer)
+        bias, blocks = masks.sliding if index in config.sliding_layers else masks.full
+        x = decoder_layer(eps, scale, x, keys, values, slots, bias, *rotation, *blocks, *layer)
     return rms_norm(x, params.final_norm, eps)
 
 
@@ -329,22 +291,17 @@ def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor
         config, rows=B, slots=num_blocks * KV_BLOCK, dtype=params.embed.dtype, device=device
     )
     places = torch.arange(T, device=device).expand(B, T)
-    rows = -(-T // query_block_tokens(T, device.type))
-    count = torch.zeros(B, 1, rows, dtype=torch.int32, device=device)
-    listed = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, rows, -1)
+    slots = torch.arange(cache.num_slots, device=device)
+    distance = places[..., None] - slots
+    count = torch.zeros(B, 1, 1, dtype=torch.int32, device=device)
+    listed = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, 1, -1)
     blocks = BlockLists(count + num_blocks, listed, count, listed)
-    rule = AttentionRule(
-        query_labels=torch.zeros(B, T, dtype=torch.int32, device=device),
-        query_slots=places,
-        key_labels=torch.zeros(B, cache.num_slots, dtype=torch.int32, device=device),
-        visibility=torch.ones(B, 1, 1, dtype=torch.bool, device=device),
-        bias=torch.zeros(B, 1, 1, device=device),
-    )
-    slots = torch.arange(cache.num_slots, device=device).expand(B, -1)
-    windowed = rule._replace(
-        query_positions=places, key_positions=slots, window=config.sliding_window
-    )
-    masks = LayerMasks(AttentionMask(rule, blocks), AttentionMask(windowed, blocks))
-    inv_freq = make_inv_freq(config, config.rope_length(T)).to(device).expand(B, -1)
+
+    def make_mask(window: int) -> AttentionMask:
+        visible = (distance >= 0) & (distance < window)
+        return AttentionMask(torch.where(visible, 0.0, -torch.inf), blocks)
+
+    masks = LayerMasks(full=make_mask(T), sliding=make_mask(config.sliding_window or T))
+    inv_freq = make_inv_freq(config, config.rope_length(T)).to(device)
     hidden = forward(params, config, tokens, places, places, inv_freq, cache, masks)
     return unembed(params, hidden)

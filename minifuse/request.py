@@ -31,6 +31,7 @@ from minifuse.methods import (
     parse_methods,
     single_view,
 )
+from minifuse.pool import Lease
 from minifuse.results import LayoutEntry, TextBuilder
 from minifuse.tokenizer import Tokenizer
 
@@ -218,7 +219,7 @@ class Extent:
     views: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One request while it is answered.
 
@@ -227,6 +228,8 @@ class Job:
     weights:       for each count, once they are settled
     targets:       token ids of continuations to score, each answer's in `scores`
     extent:        set by `measure`
+    lease:         where it lies in the pool, once it has been admitted
+    prefill_ms, decode_ms: its share of the calls that ran it, and of every step
     consumers:     for every count and method the answers that it reads
     """
 
@@ -244,6 +247,9 @@ class Job:
     states: dict[Answer, AnswerState] = field(default_factory=dict)
     scores: dict[Answer, list[float]] = field(default_factory=dict)
     lines: dict[View, Line] = field(default_factory=dict)
+    lease: Lease | None = None
+    prefill_ms: float = 0.0
+    decode_ms: list[float] = field(default_factory=list)
 
     @property
     def num_segments(self) -> int:

@@ -37,7 +37,8 @@ class Generation:
     finish_reason:  "stop" (a stop string or EOS) or "length"
     prompt_tokens:  tokens that the answer's streams see, each stored one counted once
     weights:        of the segments, for weighted methods; `weights_source` is "given" or a signal
-    timings:        load_s, compile_s, prefill_ms, and decode_ms of every step of the call
+    timings:        load_s; compile_s of the call so far; prefill_ms and decode_ms of every step, of
+                    which requests in flight at the same time each have an equal share
     recompiles:     graphs compiled outside of warm-up; 0 unless something is wrong
     """
 

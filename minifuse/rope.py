@@ -62,11 +62,11 @@ def _yarn_kept(config: ModelConfig, scaling: YarnScaling) -> Tensor:
 def make_cos_sin(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles.
 
-    inv_freq:  f32[D/2], or f32[B, D/2] where rows differ
+    inv_freq:  f32[D/2], or f32[B, T, D/2] where tokens differ, or what broadcasts to it
     positions: int[B, T]
     returns:   two of f32[B, T, D/2]; float32 because bfloat16 rounds positions above 256
     """
-    angles = positions[..., None].float() * inv_freq[..., None, :]
+    angles = positions[..., None].float() * inv_freq
     return angles.cos(), angles.sin()
 
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minifuse.executor import LABEL_COUNTS, Executor, Session, Token, is_short
+from minifuse.executor import Executor, Token, is_short
 from minifuse.layout import PackedPrompt, View
 from minifuse.methods import FusionMethod
+from minifuse.pool import LABEL_COUNTS, Pool
 from minifuse.request import Job
 from minifuse.sampling import reduce_logits
 
@@ -19,7 +20,7 @@ from minifuse.sampling import reduce_logits
 Scores = dict[str, list[float] | list[list[float]]]
 
 
-def score_targets(executor: Executor, session: Session, jobs: Sequence[Job]) -> None:
+def score_targets(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
     """Fill `scores`: every target behind every view is a stream of its own.
 
     As many targets at once as the tables have labels for; afterwards slots and labels are as
@@ -34,30 +35,32 @@ def score_targets(executor: Executor, session: Session, jobs: Sequence[Job]) -> 
             job.targets[i * count : (i + 1) * count]
             for job, count in zip(jobs, counts, strict=True)
         ]
-        _score_groups(executor, session, jobs, groups)
-        for row, job in enumerate(jobs):
-            session.forget_keys(row, job.packed.num_slots)
+        _score_groups(executor, pool, jobs, groups)
+        for job in jobs:
+            pool.forget_keys(job.lease, job.packed.num_slots)
 
 
 def _score_groups(
     executor: Executor,
-    session: Session,
+    pool: Pool,
     jobs: Sequence[Job],
     groups: Sequence[Sequence[tuple[int, ...]]],
 ) -> None:
     # Copies: the next group, and the answers, start from the same layouts.
     layouts = [replace(job.packed, sees=dict(job.packed.sees)) for job in jobs]
-    rows = [
-        _place_targets(packed, _answer_views(job), targets)
+    groups_of_tokens = [
+        (job.lease, _place_targets(packed, _answer_views(job), targets))
         for packed, job, targets in zip(layouts, jobs, groups, strict=True)
     ]
     outputs: Sequence[Tensor | None] = [None] * len(jobs)
-    has_logits = is_short(rows)
-    if any(rows):
-        session.set_tables([packed.sees for packed in layouts])
+    has_logits = is_short(groups_of_tokens)
+    if any(tokens for _, tokens in groups_of_tokens):
+        pool.write_rules(
+            [(job.lease, packed.sees) for job, packed in zip(jobs, layouts, strict=True)]
+        )
         run = executor.decode if has_logits else executor.prefill
-        outputs = run(session, rows).unbind()
-    for job, targets, output in zip(jobs, groups, outputs, strict=False):
+        outputs = run(pool, groups_of_tokens)
+    for job, targets, output in zip(jobs, groups, outputs, strict=True):
         _read_scores(executor, job, targets, output, has_logits=has_logits)
 
 

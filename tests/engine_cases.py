@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from reference import METHODS, WEIGHTED, Case, count_near_ties, near_tie
 from tiny_files import make_model
 
-from minifuse.executor import LABEL_COUNTS, Size, Token, count_compiled_graphs
+from minifuse.executor import count_compiled_graphs
 from minifuse.layout import Encoding, PackedPrompt, Prompt
+from minifuse.pool import LABEL_COUNTS, Need, Size
+from minifuse.prefill import tokens_of
 
 # Float32 against a float64 reference: sums of at most 96 products over 2 layers, 2**-24 relative
 # each, on numbers of order 10: estimated at 1e-5, not measured; the bound leaves a factor of ten.
@@ -199,25 +201,17 @@ def count_calls(fuser, monkeypatch) -> Counter:
     return calls
 
 
-def run_spans(fuser, session, packed) -> tuple[list, torch.Tensor | None]:
-    """Run what is pending, as the engine does: its spans, and hidden states float[n, C]."""
-    spans = packed.take_pending()
-    session.set_tables([packed.sees])
-    tokens = [
-        Token(id, position, slot, span.label)
-        for span in spans
-        for id, position, slot in zip(span.token_ids, span.positions, span.slots, strict=True)
-    ]
-    return spans, fuser.executor.prefill(session, [tokens])[0] if tokens else None
-
-
 def segment_hidden(fuser, case, index) -> torch.Tensor:
     """Hidden states of one segment in a prefill of all of them."""
+    executor = fuser.executor
     packed = PackedPrompt(Prompt(case.prefix_ids, case.segment_ids, case.suffix_ids))
     packed.prefix()
-    with fuser.executor.session(Size(rows=1, slots=1024, labels=LABEL_COUNTS[0])) as session:
-        run_spans(fuser, session, packed)
-        wanted = [packed.segment(Encoding.ALONE, i) for i in range(case.num_segments)][index]
-        spans, hidden = run_spans(fuser, session, packed)
+    wanted = [packed.segment(Encoding.ALONE, i) for i in range(case.num_segments)][index]
+    spans = packed.take_pending()
+    with executor.pool(Size(slots=1024, labels=LABEL_COUNTS[0])) as pool:
+        need = Need(packed.num_slots, packed.num_labels)
+        lease = pool.lease(need, executor.make_inv_freq(None))
+        pool.write_rules([(lease, packed.sees)])
+        (hidden,) = executor.prefill(pool, [(lease, tokens_of(spans))])
     start = sum(len(span.token_ids) for span in spans[: spans.index(wanted)])
     return hidden[start : start + len(wanted.token_ids)]

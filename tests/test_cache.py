@@ -8,15 +8,15 @@ from minifuse.cache import (
     KVCache,
     allocate_cache,
     cache_bytes,
-    copy_prefix,
     move_keys,
-    snapshot_prefix,
+    read_slots,
     write_cache,
+    write_slots,
 )
 from minifuse.checkpoint import params_from_tensors
 from minifuse.config import ModelConfig
-from minifuse.masks import make_decode_mask, make_tables
-from minifuse.model import AttentionRule, LayerMasks, forward
+from minifuse.masks import Labels, make_mask, make_tables, write_rules
+from minifuse.model import LayerMasks, forward
 from minifuse.rope import apply_rope, make_cos_sin, make_inv_freq
 
 CONFIG = ModelConfig(
@@ -121,19 +121,21 @@ def test_moved_keys_equal_keys_encoded_at_their_new_positions(family):
     config = ModelConfig.from_hf(model.config.to_dict())
     params = params_from_tensors(model.state_dict().items(), config, torch.float32)
     tokens = torch.randint(0, config.vocab_size, (1, 8))
-    inv_freq = make_inv_freq(config)[None]
-    visibility, bias = make_tables([{0: {0: 0.0}, 1: {1: 0.0}}], 2, CPU)
+    inv_freq = make_inv_freq(config)
+    tables = make_tables(2, CPU)
+    write_rules(tables, {1: {1: 0.0}})
 
     def encode(first_position: int, first_slot: int, cache: KVCache) -> None:
-        slots = torch.arange(first_slot, first_slot + 8)[None]
-        key_labels = torch.zeros(1, 128, dtype=torch.int32)
-        key_labels[0, slots[0]] = 1
-        labels = torch.ones(1, 8, dtype=torch.int32)
-        rule = AttentionRule(labels, slots, key_labels, visibility, bias)
-        masks = LayerMasks(make_decode_mask(rule), None)
-        positions = torch.arange(first_position, first_position + 8)[None]
+        slots = torch.arange(first_slot, first_slot + 8)
+        key_labels = torch.zeros(128, dtype=torch.int32)
+        key_labels[slots] = 1
+        positions = torch.arange(first_position, first_position + 8)
+        ones = torch.ones(8, dtype=torch.int32)
+        labels = Labels(ones, slots, positions, key_labels, torch.zeros(128, dtype=torch.long))
+        masks = LayerMasks(make_mask(labels, tables, 8), None)
         with torch.inference_mode():
-            forward(params, config, tokens, positions, slots, inv_freq, cache, masks)
+            rows = (tokens, positions[None], slots[None])
+            forward(params, config, *rows, inv_freq, cache, masks)
 
     cache = allocate_cache(config, rows=1, slots=128, dtype=torch.float32, device=CPU)
     encode(4, 1, cache)
@@ -148,27 +150,19 @@ def test_moved_keys_equal_keys_encoded_at_their_new_positions(family):
         assert torch.equal(values[:, :, 60:68], values[:, :, 1:9])
 
 
-def test_a_stored_prefix_comes_back_in_any_row():
-    source, target = make_cache(1, 16), make_cache(3, 32)
+def test_stored_slots_come_back_in_others():
+    source, target = make_cache(1, 16), make_cache(1, 32)
     before = clone(target)
-    prefix = snapshot_prefix(source, 5)
-    assert prefix.num_slots == 5
-    stored = clone(prefix)
+    old, new = torch.tensor([1, 2, 3, 9, 8]), torch.tensor([20, 4, 5, 6, 31])
+    stored = read_slots(source, old)
+    assert stored.num_slots == 5
+    wanted = clone(source)
     for layer in source.keys + source.values:
-        layer.zero_()  # a snapshot is a copy
-    copy_prefix(target, 1, prefix)
+        layer.zero_()  # what is stored is a copy
+    write_slots(target, new, stored)
+    kept = [slot for slot in range(32) if slot not in new.tolist()]
     for part in range(2):
         for layer in range(3):
-            now, then, wanted = target[part][layer], before[part][layer], stored[part][layer]
-            assert torch.equal(now[1, :, 1:6], wanted[0])
-            assert torch.equal(now[1, :, 6:], then[1, :, 6:])
-            assert torch.equal(now[1, :, 0], then[1, :, 0])
-            assert torch.equal(now[[0, 2]], then[[0, 2]])
-
-
-def test_a_snapshot_holds_row_0_behind_the_reserved_slot():
-    cache = make_cache(2, 16)
-    prefix = snapshot_prefix(cache, 3)
-    for part in range(2):
-        for layer in range(3):
-            assert torch.equal(prefix[part][layer], cache[part][layer][:1, :, 1:4])
+            now, then = target[part][layer], before[part][layer]
+            assert torch.equal(now[:, :, new], wanted[part][layer][:, :, old])
+            assert torch.equal(now[:, :, kept], then[:, :, kept])

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minifuse
 from minifuse.engine import Request
-from minifuse.executor import DECODE_SIZES, MIN_SLOTS, PREFILL_SIZES
+from minifuse.executor import DECODE_BLOCKS, PREFILL_SIZES
 from minifuse.loader import resolve_model
 from minifuse.model import forward_plain
+from minifuse.pool import MIN_SLOTS
 
 pytestmark = pytest.mark.model
 
@@ -311,9 +312,11 @@ def test_promise_7_nothing_recompiles(default_fuser):
     fuser.generate(**REQUEST, methods="per_prompt", max_new_tokens=2)
     fuser.score(**REQUEST, continuations=[" one two three four five"], methods="all")
     sizes = {
-        key[:2] for key in fuser.executor._compiled if (key[2].rows, key[2].slots) == (1, MIN_SLOTS)
+        graph[:2]
+        for graph in fuser.executor.graphs
+        if graph.size.slots == MIN_SLOTS and not graph.size.is_shared
     }
-    assert sizes == {("prefill", n) for n in PREFILL_SIZES} | {("decode", n) for n in DECODE_SIZES}
+    assert sizes == {("prefill", n) for n in PREFILL_SIZES} | {("decode", n) for n in DECODE_BLOCKS}
     prefixes = ["", *(text(1, 30) for _ in range(6))]
     with nothing_compiles():
         for number in range(32):

@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors command files config wheels hub cards
     layout methods
-    rope cache model masks
+    rope cache model masks pool
     tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
-    executor request scoring engine jsonl generate
+    executor request prefill scoring engine jsonl generate
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
     evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches

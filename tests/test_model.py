@@ -1,7 +1,7 @@
 """The decoder against transformers: random checkpoints through real files and our own loader."""
 
+from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from minifuse.checkpoint import load_params
 from minifuse.config import ModelConfig
-from minifuse.executor import DECODE_SIZES, PREFILL_SIZES, Executor, Size, Token
+from minifuse.executor import Executor, Token
 from minifuse.files import read_json
 from minifuse.model import (
     Params,
     fold_queries,
     forward_plain,
     linear,
-    query_block_tokens,
     rms_norm,
     unfold_queries,
 )
+from minifuse.pool import Need, Size
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -167,8 +167,18 @@ def test_many_chunks_equal_one_sequence(load):
     check_prefill_then_decode(load, "llama 3", lengths=(170, 77), steps=(1, 1, 40))
 
 
+@contextmanager
+def leased(executor: Executor, rules: list[dict], slots: int = 200):
+    """A pool of 1,024 slots, and a lease for each request's rules."""
+    with executor.pool(Size(slots=1024, labels=16)) as pool:
+        inv_freq = executor.make_inv_freq(None)
+        leases = [pool.lease(Need(slots, len(rule)), inv_freq) for rule in rules]
+        pool.write_rules(list(zip(leases, rules, strict=True)))
+        yield pool, leases
+
+
 def check_prefill_then_decode(load, variant: str, lengths, steps) -> None:
-    """Rows of different lengths; one label that sees itself is plain causal attention."""
+    """Requests of different lengths; one label that sees itself is plain causal attention."""
     model = make_reference(variant)
     config, params = load(variant)
     executor = Executor(config, params, compile=False)
@@ -178,21 +188,18 @@ def check_prefill_then_decode(load, variant: str, lengths, steps) -> None:
     def between(row: int, start: int, end: int) -> list[Token]:
         return [Token(int(tokens[row, i]), i, i + 1, 1) for i in range(start, end)]
 
-    with executor.session(Size(rows=2, slots=256, labels=4)) as session:
-        session.set_tables([{0: {0: 0.0}, 1: {1: 0.0}}] * 2)
-        rows = [between(row, 0, length) for row, length in enumerate(lengths)]
-        hidden = executor.prefill(session, rows)
-        assert hidden.shape[:2] == (2, max(lengths))
-        for row, length in enumerate(lengths):
-            assert_same_logits(executor.unembed(hidden[row, :length]), wanted[row, :length])
+    with leased(executor, [{1: {1: 0.0}}] * 2, slots=300) as (pool, leases):
+        groups = [(lease, between(r, 0, lengths[r])) for r, lease in enumerate(leases)]
+        for row, hidden in enumerate(executor.prefill(pool, groups)):
+            assert_same_logits(executor.unembed(hidden), wanted[row, : lengths[row]])
         done = 0
         for step in steps:
-            rows = [between(r, n + done, n + done + step) for r, n in enumerate(lengths)]
-            logits = executor.decode(session, rows)
-            assert logits.shape == (2, step, config.vocab_size)
-            for row, length in enumerate(lengths):
-                start = length + done
-                assert_same_logits(logits[row], wanted[row, start : start + step])
+            starts = [length + done for length in lengths]
+            groups = [
+                (lease, between(r, starts[r], starts[r] + step)) for r, lease in enumerate(leases)
+            ]
+            for row, logits in enumerate(executor.decode(pool, groups)):
+                assert_same_logits(logits, wanted[row, starts[row] : starts[row] + step])
             done += step
 
 
@@ -208,9 +215,8 @@ def test_read_gives_the_logits_asked_for(load):
             [Token(int(tokens[row, i]), i, i + 1, 1) for i in range(length)] for row in range(2)
         ]
         wanted = [(0, length - 1), (1, 3), (1, length - 1)]
-        with executor.session(Size(rows=2, slots=256, labels=2)) as session:
-            session.set_tables([{0: {0: 0.0}, 1: {1: 0.0}}] * 2)
-            logits = executor.read(session, rows, wanted)
+        with leased(executor, [{1: {1: 0.0}}] * 2) as (pool, leases):
+            logits = executor.read(pool, list(zip(leases, rows, strict=True)), wanted)
         expected = torch.stack([all_logits[row, i] for row, i in wanted])
         assert_same_logits(logits, expected)
 
@@ -222,20 +228,19 @@ def test_the_bias_of_the_table_is_added_to_the_scores(load):
     prompt, last = random_tokens(12).tolist(), 7
 
     def run(copies: int, bias: float) -> Tensor:
-        sees = {0: {0: 0.0}}
-        sees |= {label: {label: 0.0} for label in range(1, copies + 1)}
+        sees = {label: {label: 0.0} for label in range(1, copies + 1)}
         query = copies + 1
         sees[query] = {**dict.fromkeys(range(1, query), bias), query: 0.0}
-        rows = [
+        tokens = [
             Token(token, position, 1 + (label - 1) * len(prompt) + position, label)
             for label in range(1, query)
             for position, token in enumerate(prompt)
         ]
-        with executor.session(Size(rows=1, slots=128, labels=8)) as session:
-            session.set_tables([sees])
-            executor.prefill(session, [rows])
+        with leased(executor, [sees]) as (pool, [lease]):
+            executor.prefill(pool, [(lease, tokens)])
             end = 1 + copies * len(prompt)
-            return executor.decode(session, [[Token(last, len(prompt), end, query)]])
+            (logits,) = executor.decode(pool, [(lease, [Token(last, len(prompt), end, query)])])
+            return logits
 
     one = run(1, 0.0)
     assert_same_logits(run(2, -torch.tensor(2.0).log().item()), one)
@@ -303,12 +308,6 @@ def test_the_compiled_product_of_one_row(has_bias, dtype):
     # 48 products summed in float32 or better, then one rounding to the dtype.
     error = torch.finfo(dtype).eps / 2 * exact.abs() + 48 * 2**-24 * 48**0.5 * 4
     assert ((compiled.double() - exact).abs() <= error).all()
-
-
-def test_query_blocks_divide_every_size():
-    for size in (*DECODE_SIZES, *PREFILL_SIZES):
-        assert size % query_block_tokens(size) == 0
-    assert all(a < b for a, b in pairwise((*DECODE_SIZES, *PREFILL_SIZES)))
 
 
 def test_tied_heads_share_their_memory(load):

@@ -1,11 +1,11 @@
-"""Runs a data set through the engine: all methods from one prefill, items in batches.
+"""Runs a data set through the engine: all methods from one prefill, several items in flight.
 
 Nothing here knows how answers are scored: it writes what the model said, and how likely it finds
 the gold answers. `tables` and `summary` make sense of that afterwards.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from minifuse.command import check_interrupt
@@ -19,8 +19,6 @@ from minifuse.normalize import normalize_answer
 from minifuse.request import Request
 from minifuse.results import Generation
 from minifuse.scoring import Scores
-
-SORTED_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -60,23 +58,23 @@ def run_items(
     import tqdm
 
     todo = [
-        (draw, batch)
+        (draw, asks)
         for draw, builder in enumerate(builders)
-        for batch in _make_batches(items, builder, plan, draw, folder, batch_size)
+        for asks in _group_asks(items, builder, plan, draw, folder)
     ]
     total = len(items) * len(plan.counts) * len(builders)
-    left = sum(len(ask.counts) for _, batch in todo for ask in batch)
+    left = sum(len(ask.counts) for _, asks in todo for ask in asks)
     hits: dict[str, list[bool]] = {}
     with tqdm.tqdm(
         total=total, initial=total - left, unit="item", file=sys.stderr, smoothing=0.1
     ) as bar:
-        for draw, batch in todo:
-            for records in _run_batch(fuser, batch, plan, batch_size):
+        for draw, asks in todo:
+            for records in _run_asks(fuser, asks, plan, batch_size):
                 folder.append([record | {"draw": draw} for record in records])
                 _count_hits(hits, records)
+                bar.set_postfix_str(_describe_hits(hits), refresh=False)
                 bar.update()
-            bar.set_postfix_str(_describe_hits(hits))
-            check_interrupt()
+                check_interrupt()
 
 
 @dataclass(frozen=True)
@@ -96,36 +94,21 @@ class _Ask:
     def paraphrases(self) -> list[str]:
         return [self.item.paraphrases[i] for i in self.indices]
 
-    @property
-    def length(self) -> int:
-        """About what it costs: answers are scored behind every view, of which there are many."""
-        answers = sum(map(len, self.item.answers))
-        return 3 * sum(map(len, self.request.segments)) + 2 * len(self.indices) * answers
 
-
-def _make_batches(
+def _group_asks(
     items: Sequence[Item],
     builder: PromptBuilder,
     plan: RunPlan,
     draw: int,
     folder: RunFolder,
-    batch_size: int,
-) -> Iterator[list[_Ask]]:
-    """What the folder lacks of a draw, in batches that ask with the same numbers of paraphrases.
-
-    The items of a few batches go by their length: those of one batch then need little padding.
-    """
+) -> Iterable[list[_Ask]]:
+    """What the folder lacks of a draw, by the numbers of paraphrases that are asked with."""
     groups: dict[tuple[int, ...], list[_Ask]] = {}
     for item in items:
         missing = [n for n in plan.counts if (item.id, n, draw) not in folder.done]
         for ask in _ask_for(item, missing, builder, plan):
             groups.setdefault(ask.counts, []).append(ask)
-    window = SORTED_BATCHES * batch_size
-    for asks in groups.values():
-        near = [asks[start : start + window] for start in range(0, len(asks), window)]
-        ordered = [ask for part in near for ask in sorted(part, key=lambda ask: ask.length)]
-        for start in range(0, len(ordered), batch_size):
-            yield ordered[start : start + batch_size]
+    return groups.values()
 
 
 def _ask_for(
@@ -155,24 +138,25 @@ def _make_ask(item: Item, count: int, builder: PromptBuilder, plan: RunPlan) -> 
     return _Ask(item, (count,), indices, request)
 
 
-def _run_batch(
-    fuser: Fuser, batch: Sequence[_Ask], plan: RunPlan, batch_size: int
+def _run_asks(
+    fuser: Fuser, asks: Sequence[_Ask], plan: RunPlan, batch_size: int
 ) -> Iterator[list[dict]]:
-    """The records of each item and count."""
+    """The records of each item and count, in the order in which items are done."""
     is_chat = bool(plan.options.get("chat"))
     continuations = [
-        [continuation_of(answer, chat=is_chat) for answer in ask.item.answers] for ask in batch
+        [continuation_of(answer, chat=is_chat) for answer in ask.item.answers] for ask in asks
     ]
-    counts = batch[0].counts
+    counts = asks[0].counts
     answered = fuser.generate_and_score(
-        [ask.request for ask in batch],
+        [ask.request for ask in asks],
         continuations,
         batch_size=batch_size,
         counts=counts if len(counts) > 1 else None,
         methods=list(plan.methods),
         **plan.options,
     )
-    for ask, by_count in zip(batch, answered, strict=True):
+    for index, by_count in answered:
+        ask = asks[index]
         pairs = zip(counts, by_count.values(), strict=True)
         for count, (results, scores) in pairs:
             common = {
@@ -184,14 +168,13 @@ def _run_batch(
                 "paraphrase_indices": list(ask.indices[:count]),
                 "answers": list(ask.item.answers),
             }
-            shares = len(batch) * len(counts)
-            yield _make_records(common, results, scores, shares=shares)
+            yield _make_records(common, results, scores, shares=len(counts))
 
 
 def _make_records(common: dict, results: Results, scores: Scores, *, shares: int) -> list[dict]:
     """One record per answer; `lines` says how many there are, so that a torn item shows.
 
-    shares: how many items and counts the batch's time is divided by
+    shares: how many counts an item's time is divided by
     """
     records = []
     for method, value in results.items():

@@ -33,7 +33,8 @@ from tiny_files import CONTROLS
 import minifuse
 from minifuse.engine import Request
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.executor import DECODE_SIZES, LABEL_COUNTS, MIN_SLOTS, PREFILL_SIZES
+from minifuse.executor import DECODE_BLOCKS, PREFILL_SIZES
+from minifuse.pool import LABEL_COUNTS, MIN_SLOTS
 
 
 @settings(max_examples=25)
@@ -198,9 +199,12 @@ def test_answers_share_what_they_have_in_common(fuser, monkeypatch, temperature)
     """A step runs one token for every view and different beginning of an answer, no more."""
     rows = []
     decode = fuser.executor.decode
-    monkeypatch.setattr(
-        fuser.executor, "decode", lambda session, r: rows.append(len(r[0])) or decode(session, r)
-    )
+
+    def note(pool, groups):
+        rows.append(len(groups[0][1]))
+        return decode(pool, groups)
+
+    monkeypatch.setattr(fuser.executor, "decode", note)
     names = ["per_prompt", "logit_avg", "prob_avg", "prob_max", "weighted_avg"]
     results = fuser.generate(**REQUEST, methods=names, max_new_tokens=8, temperature=temperature)
     everyone = range(len(SEGMENTS))
@@ -304,12 +308,8 @@ def test_promise_7_nothing_recompiles(compiled, truth):
     compiled.generate(segments=long, methods="origin", max_new_tokens=2)  # prefill 512, decode 1
     compiled.generate(**REQUEST, methods="per_prompt", max_new_tokens=2)  # prefill 128, decode 8
     compiled.generate(**REQUEST, methods="all", max_new_tokens=2)  # decode 32
-    sizes = {
-        key[:2]
-        for key in compiled.executor._compiled
-        if (key[2].rows, key[2].slots) == (1, MIN_SLOTS)
-    }
-    assert sizes == {("prefill", n) for n in PREFILL_SIZES} | {("decode", n) for n in DECODE_SIZES}
+    sizes = {g[:2] for g in compiled.executor.graphs if g.size.slots == MIN_SLOTS}
+    assert sizes == {("prefill", n) for n in PREFILL_SIZES} | {("decode", n) for n in DECODE_BLOCKS}
     with nothing_compiles():
         for number in range(30):
             request = make_request()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from engine_cases import REQUEST, check_results, count_calls, flat, make_case
+from engine_cases import REQUEST, assert_same, check_results, count_calls, flat, make_case
 
 import minifuse
 from minifuse.engine import Request
@@ -149,11 +149,43 @@ def test_a_request_beyond_memory_is_an_error_with_both_numbers(fuser):
     slots = 2**34
     # Keys and values of 2 layers, 2 heads and 16 numbers of 4 bytes.
     needed = slots * 2 * 2 * 2 * 16 * 4
-    wanted = rf"1 x {slots} slots needs {needed / 1e9:.2f} GB and \d+\.\d\d GB of memory are free"
+    wanted = rf"of {slots} slots needs {needed / 1e9:.2f} GB and \d+\.\d\d GB of memory are free"
     for call in (endless.generate, endless.stream):
         with pytest.raises(MinifuseError, match=wanted) as error:
             call(**REQUEST, max_new_tokens=10**10)
         assert error.value.exit_status == 1
+
+
+def test_a_batch_beyond_memory_is_made_smaller(fuser, monkeypatch):
+    """With room for eight blocks: one for padding, one for the prefix, one for each request."""
+    requests = [Request(**REQUEST, id=number) for number in range(7)]
+    options = {"methods": ["fused"], "max_new_tokens": 3}
+    bytes_per_slot = 2 * 2 * 2 * 16 * 4
+    monkeypatch.setattr("minifuse.engine.free_memory", lambda device: 1024 * bytes_per_slot)
+    sizes = []
+    make_pool = fuser.executor.pool
+    monkeypatch.setattr(fuser.executor, "pool", lambda size: sizes.append(size) or make_pool(size))
+    with pytest.warns(UserWarning, match="6 requests are run at once, not 7: .* 0.00 GB"):
+        together = fuser.generate_batch(requests, batch_size=7, **options)
+    assert [size.slots for size in sizes] == [1024]
+    for results in together:
+        assert_same(results, fuser.generate(**REQUEST, **options))
+
+
+def test_who_is_done_makes_room(fuser, monkeypatch):
+    """Long answers hold nobody up: a step serves who is there, and no more come than fit."""
+    requests = [Request(**REQUEST), *[Request(**REQUEST, id=i) for i in range(6)]]
+    steps = []
+    decode = fuser.executor.decode
+    monkeypatch.setattr(
+        fuser.executor, "decode", lambda p, groups: steps.append(len(groups)) or decode(p, groups)
+    )
+    text = fuser.generate(**REQUEST, max_new_tokens=3)["fused"].text
+    steps.clear()
+    together = fuser.generate_batch(requests, batch_size=4, max_new_tokens=3)
+    assert [results["fused"].text for results in together] == [text] * 7
+    # Four suffixes and two steps of four, then the other three.
+    assert steps == [4, 4, 4, 3, 3, 3]
 
 
 def test_segments_of_one_token_without_suffix(fuser):

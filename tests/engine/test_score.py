@@ -7,7 +7,7 @@ from reference import METHODS
 
 from minifuse.engine import Request
 from minifuse.errors import UsageError
-from minifuse.executor import LABEL_COUNTS
+from minifuse.pool import LABEL_COUNTS
 
 
 @pytest.mark.parametrize("positions", ["aligned", "restart"])
@@ -68,9 +68,11 @@ def test_generate_and_score_is_both(family_fuser):
     lengths = [max(len(encode(t, is_start=False)) for t in group) for group in texts]
     options = {"methods": "all", "max_new_tokens": lengths[0]}
     assert len(set(lengths)) == 1 < lengths[0]
-    both = family_fuser.generate_and_score(requests, texts, batch_size=2, **options)
+    both = dict(family_fuser.generate_and_score(requests, texts, batch_size=2, **options))
     scored = [method for method in EVERY_METHOD if method != "vote"]
-    for request, continuations, by_count in zip(requests, texts, both, strict=True):
+    assert sorted(both) == [0, 1, 2]
+    for index, by_count in both.items():
+        request, continuations = requests[index], texts[index]
         ((count, (results, scores)),) = by_count.items()
         assert count == len(request.segments)
         own = {"segments": request.segments, "prefix": request.prefix, "suffix": request.suffix}
@@ -92,9 +94,12 @@ def test_several_numbers_of_segments_at_once_are_each_alone(fuser, suffix, posit
     texts, counts = [" val", "éé"], (2, 4, 1, 3)
     options = {"methods": "all", "max_new_tokens": 4, "positions": positions}
     requests = [Request(**request, weights=weights)] * 2
-    both = fuser.generate_and_score(requests, [texts] * 2, counts=counts, batch_size=2, **options)
-    assert list(both[0]) == list(counts)
-    for found in both:
+    both = dict(
+        fuser.generate_and_score(requests, [texts] * 2, counts=counts, batch_size=2, **options)
+    )
+    assert sorted(both) == [0, 1]
+    for found in both.values():
+        assert list(found) == list(counts)
         for count, (results, scores) in found.items():
             own = request | {"segments": segments[:count]}
             own["weights"] = weights[:count] if isinstance(weights, tuple) else weights
@@ -108,12 +113,14 @@ def test_several_numbers_of_segments_share_what_they_can(fuser, monkeypatch):
     lengths = []
     prefill = fuser.executor.prefill
     monkeypatch.setattr(
-        fuser.executor, "prefill", lambda s, rows: lengths.append(len(rows[0])) or prefill(s, rows)
+        fuser.executor,
+        "prefill",
+        lambda pool, groups: lengths.append(len(groups[0][1])) or prefill(pool, groups),
     )
     request = Request(**REQUEST)
     options = {"methods": ["per_prompt", "prob_avg"], "max_new_tokens": 1}
     for counts in (None, (1, 2, 3)):
-        fuser.generate_and_score([request], [[" Z"]], batch_size=1, counts=counts, **options)
+        list(fuser.generate_and_score([request], [[" Z"]], counts=counts, **options))
     assert lengths[-1] == lengths[-2] == sum(map(len, make_case(fuser, **REQUEST).segment_ids))
 
 
@@ -131,7 +138,7 @@ def test_generate_and_score_checks_its_input(fuser):
         fuser.generate_and_score([request], [])
     with pytest.raises(UsageError, match="wanted a list of at least one string"):
         fuser.generate_and_score([request], [[]])
-    assert fuser.generate_and_score([], []) == []
+    assert list(fuser.generate_and_score([], [])) == []
 
 
 def test_score_agrees_with_generate(fuser):
