@@ -32,6 +32,7 @@ COMMANDS = (
     "minifuse.paraphrase",
     "minifuse.confidence",
     "tools.convert_weights",
+    "benchmarks.peers",
 )
 
 
