@@ -7,6 +7,7 @@ memory-mapped file straight into its rows of the stack, so no second copy of the
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from minifuse.config import DTYPE_NAMES, ModelConfig
+from minifuse.config import DTYPE_NAMES, QUANTIZE_GROUP, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.files import is_inside, list_names, read_json
-from minifuse.model import LayerParams, Params
+from minifuse.linear import Weight
+from minifuse.model import WEIGHT_FIELDS, LayerParams, Params
+from minifuse.quantize import INT4_ROWS, KINDS, QuantizedTensor, dequantize, pack, quantize_weight
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 SINGLE_FILE = "model.safetensors"
@@ -38,6 +41,9 @@ FILE_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+# What else a folder with quantized weights holds: the values of NAME.values, never another tensor.
+STORED_DTYPES = FILE_DTYPES | {"U8": torch.uint8, "I8": torch.int8}
+_VALUES, _SCALES = ".values", ".scales"
 
 _COMPARED_ROWS = 4096
 # Loading shows its progress from here on; less takes a moment.
@@ -53,7 +59,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * FILE_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
 
 
 def _layer_table(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -84,39 +90,108 @@ def _layer_table(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ..
     return table
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a hub checkpoint of this config holds."""
+def weight_kinds(config: ModelConfig) -> dict[str, str]:
+    """Hub name -> "int8" or "int4" of every tensor that the config's scheme quantizes.
+
+    What is stacked in one weight is of one kind. Weights whose rows are no multiple of 64 are int8
+    under int4, too; embedding and head always are: they are looked up by rows, and the head's
+    rounding falls straight on the logits.
+    """
+    if config.quantize is None:
+        return {}
+    kinds = {_EMBED: "int8"} | ({} if config.tie_word_embeddings else {_LM_HEAD: "int8"})
+    for field, parts in _layer_table(config).items():
+        if field in WEIGHT_FIELDS:
+            num_rows = sum(shape[0] for _, shape in parts)
+            kind = "int8" if num_rows % INT4_ROWS else config.quantize
+            for index in range(config.num_hidden_layers):
+                kinds |= {f"model.layers.{index}.{name}": kind for name, _ in parts}
+    return kinds
+
+
+def _stored_parts(
+    name: str, shape: tuple[int, ...], kind: str | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Names, shapes and dtypes of the tensors that a file holds for one of the hub's.
+
+    None for the dtype that the file's floats have. See `quantize` for what they are.
+    """
+    if kind is None:
+        return {name: (shape, None)}
+    rows, width = shape
+    if kind == "int8":
+        values, scales = (shape, torch.int8), (rows,)
+    else:
+        values, scales = ((rows, width // 2), torch.uint8), (rows, width // QUANTIZE_GROUP, 2)
+    return {name + _VALUES: values, name + _SCALES: (scales, torch.bfloat16)}
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Name, shape and dtype of every tensor; None for a dtype that the config does not tell."""
     vocab = (config.vocab_size, config.hidden_size)
-    tensors = {_EMBED: vocab}
+    shapes = {_EMBED: vocab}
     for index in range(config.num_hidden_layers):
         for parts in _layer_table(config).values():
-            tensors |= {f"model.layers.{index}.{name}": shape for name, shape in parts}
-    tensors[_FINAL_NORM] = (config.hidden_size,)
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in parts}
+    shapes[_FINAL_NORM] = (config.hidden_size,)
     if not config.tie_word_embeddings:
-        tensors[_LM_HEAD] = vocab
-    return tensors
+        shapes[_LM_HEAD] = vocab
+    kinds = weight_kinds(config)
+    expected = {}
+    for name, shape in shapes.items():
+        expected |= _stored_parts(name, shape, kinds.get(name))
+    return expected
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this config holds.
+
+    They are the hub's, but for quantized weights, which are two tensors each.
+    """
+    return {name: shape for name, (shape, _) in _expected(config).items()}
+
+
+def expected_dtypes(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every tensor in a checkpoint whose floats have `dtype`."""
+    return {name: own or dtype for name, (_, own) in _expected(config).items()}
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Numbers in all weights; a tied head is counted once."""
-    return sum(math.prod(shape) for shape in expected_tensors(config).values())
+    return sum(
+        math.prod(shape) for shape in expected_tensors(replace(config, quantize=None)).values()
+    )
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights, in memory as on disk; a tied head is counted once."""
+    dtypes = expected_dtypes(config, dtype)
+    return sum(
+        math.prod(shape) * dtypes[name].itemsize for name, shape in expected_tensors(config).items()
+    )
 
 
 def allocate_params(
     config: ModelConfig, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Params, dict[str, Tensor]]:
-    """Uninitialised weights, and for every hub tensor the rows of them that it fills.
+    """Uninitialised weights, and for every tensor of a checkpoint the rows of them that it fills.
 
-    returns: Params of `dtype` on `device`; {hub name: view into those Params}
+    returns: Params of `dtype` on `device`, quantized ones in the layout of files (see
+             `pack_params`); {name: view into those Params}
     """
     places: dict[str, Tensor] = {}
+    kinds = weight_kinds(config)
 
-    def allocate(prefix: str, parts: list[tuple[str, tuple[int, ...]]]) -> Tensor:
+    def allocate(prefix: str, parts: list[tuple[str, tuple[int, ...]]]) -> Tensor | QuantizedTensor:
+        names = [prefix + name for name, _ in parts]
         rows = [shape[0] for _, shape in parts]
-        stack = torch.empty(sum(rows), *parts[0][1][1:], dtype=dtype, device=device)
-        names = (prefix + name for name, _ in parts)
-        places.update(zip(names, stack.split(rows), strict=True))
-        return stack
+        whole = (sum(rows), *parts[0][1][1:])
+        stacks = []
+        for stored, (shape, own) in _stored_parts("", whole, kinds.get(names[0])).items():
+            stack = torch.empty(shape, dtype=own or dtype, device=device)
+            places.update(zip((name + stored for name in names), stack.split(rows), strict=True))
+            stacks.append(stack)
+        return stacks[0] if len(stacks) == 1 else QuantizedTensor(*stacks)
 
     vocab = (config.vocab_size, config.hidden_size)
     embed = allocate("", [(_EMBED, vocab)])
@@ -134,15 +209,72 @@ def allocate_params(
     return Params(embed, layers, final_norm, lm_head), places
 
 
+def pack_params(params: Params, dtype: torch.dtype) -> Params:
+    """Pack quantized weights for the kernels, in their own memory; `params` are used up.
+
+    raises: MinifuseError where this CPU packs in an order that is not known
+    """
+
+    def packed(part: Tensor | QuantizedTensor | None) -> Weight | None:
+        return pack(part, dtype) if isinstance(part, QuantizedTensor) else part
+
+    embed = packed(params.embed)
+    return Params(
+        embed=embed,
+        layers=tuple(LayerParams(*map(packed, layer)) for layer in params.layers),
+        final_norm=params.final_norm,
+        lm_head=embed if params.lm_head is params.embed else packed(params.lm_head),
+    )
+
+
+def quantize_tensors(
+    tensors: Iterable[tuple[str, Tensor | QuantizedTensor]], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Hub tensors, one by one, as a checkpoint of a quantized config holds them.
+
+    tensors: pairs of hub name and float tensor, or one that is quantized as the config wants it
+    """
+    kinds = weight_kinds(config)
+    for name, tensor in tensors:
+        if isinstance(tensor, Tensor) and (name not in kinds or tensor.ndim != 2):
+            yield name, tensor  # of another shape: to be named with all that do not fit
+            continue
+        if isinstance(tensor, Tensor):
+            _check_finite(name, tensor)
+            tensor = quantize_weight(tensor, kinds[name])
+        assert KINDS[tensor.values.dtype] == kinds[name]
+        yield name + _VALUES, tensor.values
+        yield name + _SCALES, tensor.scales
+
+
+def dequantize_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Undo `quantize_tensors`, but for the rounding: hub names and floats, quantized ones as f32.
+
+    tensors: of a whole checkpoint, in any order
+    """
+    halves: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        stem, kind = name[: -len(_VALUES)], name[-len(_VALUES) :]
+        if kind not in (_VALUES, _SCALES):
+            yield name, tensor
+            continue
+        halves[name] = tensor
+        if {stem + _VALUES, stem + _SCALES} <= halves.keys():
+            yield (
+                stem,
+                dequantize(QuantizedTensor(halves.pop(stem + _VALUES), halves.pop(stem + _SCALES))),
+            )
+
+
 def params_from_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Params:
-    """Stack hub tensors into Params as they come; one of them is held at a time.
+    """Stack the tensors of a checkpoint into Params as they come; one of them is held at a time.
 
-    tensors: pairs of hub name and float tensor
+    tensors: pairs of name and tensor, as `expected_tensors` lists them
     raises:  CheckpointError, naming every missing, unexpected and misshapen tensor
     """
     params, places = allocate_params(config, dtype, device)
@@ -152,7 +284,7 @@ def params_from_tensors(
             places[name].copy_(tensor)
             check_range(name, tensor, places[name])
     ledger.close("the weights")
-    return params
+    return pack_params(params, dtype)
 
 
 def load_params(
@@ -160,10 +292,13 @@ def load_params(
     config: ModelConfig,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Params:
     """Read the safetensors of a folder in hub layout.
 
-    dtype:   of the Params; None is the checkpoint's own (`stored_dtype`)
+    config:   of the folder
+    dtype:    of the Params; None is the checkpoint's own (`stored_dtype`)
+    quantize: scheme by which to quantize floats as they are read
     returns: Params on `device`; when the head is tied, `lm_head` is the very `embed`
     raises:  CheckpointError for files that are missing, corrupt or unfit for the config, naming
              every missing, unexpected and misshapen tensor at once
@@ -174,7 +309,10 @@ def load_params(
     # The largest first: what is mapped beside the finished weights shrinks as they grow.
     stored = {name: stored[name] for name in sorted(names, key=lambda n: -stored[n].num_bytes)}
     dtype = dtype or stored_dtype(folder, stored)
-    return params_from_tensors(_show_progress(stored), config, dtype, device)
+    tensors, wanted = _show_progress(stored), config.quantized(quantize)
+    if wanted.quantize != config.quantize:
+        tensors = quantize_tensors(tensors, wanted)
+    return params_from_tensors(tensors, wanted, dtype, device)
 
 
 def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = None) -> torch.dtype:
@@ -191,7 +329,8 @@ def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = No
                 "ask for one of them by name"
             )
         return DTYPES[name]
-    found = {FILE_DTYPES[tensor.dtype] for tensor in (stored or find_tensors(folder)).values()}
+    found = {STORED_DTYPES[tensor.dtype] for tensor in (stored or find_tensors(folder)).values()}
+    found = {dtype for dtype in found if dtype.is_floating_point}
     widest = found.pop()
     for dtype in found:
         widest = torch.promote_types(widest, dtype)
@@ -251,13 +390,18 @@ def check_stored(
     raises:    CheckpointError, naming every missing, unexpected and misshapen tensor at once
     """
     ledger = Ledger(config)
-    wanted = []
+    own = {name: dtype for name, (_, dtype) in _expected(config).items()}
+    wanted, odd = [], []
     for name, tensor in stored.items():
         is_second_head = name == _LM_HEAD and config.tie_word_embeddings
         if not is_second_head and not _HARMLESS.fullmatch(name):
             ledger.admit(name, tensor.shape)
             wanted.append(name)
+            if _is_other(tensor, own.get(name)):
+                odd.append(f"{name} is {tensor.dtype}")
     ledger.close(f"the weights in {folder}")
+    if odd:
+        raise CheckpointError(f"{folder} holds quantized weights of other types: {list_names(odd)}")
     if config.tie_word_embeddings and _LM_HEAD in stored:
         pair = stored[_EMBED], stored[_LM_HEAD]
         if pair[0][1:] != pair[1][1:] or not (are_equal or _are_equal)(*pair):
@@ -326,6 +470,12 @@ def check_range(name: str, source: Tensor, cast: Tensor) -> None:
             )
 
 
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """One infinity would make a scale that takes its whole group along."""
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{name} has values that are not finite; they cannot be quantized")
+
+
 def _show_progress(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
     """`read_tensors` with a bar on standard error, where there is much to read."""
     num_bytes = sum(tensor.num_bytes for tensor in stored.values())
@@ -350,7 +500,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
             part = file.get_slice(name)
             found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
-    odd = [f"{name} is {t.dtype}" for name, t in found.items() if t.dtype not in FILE_DTYPES]
+    odd = [f"{name} is {t.dtype}" for name, t in found.items() if not _is_storable(name, t.dtype)]
     if odd:
         raise CheckpointError(
             f"{path} holds tensors that are not plain floats: {list_names(odd)}; "
@@ -359,6 +509,17 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     if not found:
         raise CheckpointError(f"{path} holds no tensors")
     return found
+
+
+def _is_storable(name: str, dtype: str) -> bool:
+    return dtype in (STORED_DTYPES if name.endswith(_VALUES) else FILE_DTYPES)
+
+
+def _is_other(tensor: StoredTensor, own: torch.dtype | None) -> bool:
+    """Whether values are not of the integer type that they have to be; any float will do."""
+    found = STORED_DTYPES[tensor.dtype]
+    is_integer = own is not None and not own.is_floating_point
+    return found != own if is_integer else not found.is_floating_point
 
 
 def _open(path: Path) -> safe_open:

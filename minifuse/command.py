@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
+from minifuse.config import QUANTIZE_NAMES
 from minifuse.errors import MinifuseError, UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ def add_model_flags(parser: argparse._ActionsContainer) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME|DIR|HUB_ID|FILE.gguf", help="default: the default model")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    add(
+        "--quantize",
+        choices=QUANTIZE_NAMES,
+        default="none",
+        help="hold the weights in 8 or 4 bits; none is as they are stored (default: %(default)s)",
+    )
     add("--device", default="auto", help="default: %(default)s")
     add(
         "--compile",
@@ -54,7 +61,11 @@ def load_fuser(args: argparse.Namespace) -> "Fuser":
     import minifuse
 
     return minifuse.load(
-        model=args.model, dtype=args.dtype, device=args.device, compile=args.compile
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        quantize=args.quantize,
+        compile=args.compile,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minifuse.command import Parser, load_fuser, run_command
+from minifuse.config import parse_quantize
 from minifuse.evaluation.batches import write_file
 from minifuse.evaluation.confidences import (
     ConfidenceOptions,
@@ -102,6 +103,7 @@ def _run(args: argparse.Namespace) -> None:
         "command": "confidence",
         "model": args.model,
         "dtype": args.dtype,
+        "quantize": parse_quantize(args.quantize),
         "dataset": args.dataset,
         "shots": args.shots,
         **options.for_record(),

@@ -7,13 +7,17 @@ implemented, or refused by name; a field nobody here knows is reported as a warn
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from minifuse.errors import ConfigError, UsageError
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 POSITION_SCHEMES = ("aligned", "restart")
 WEIGHT_SIGNALS = ("likelihood", "confidence")
+QUANTIZE_NAMES = ("none", "int8", "int4")
+# Weights of 4 bits share a scale among so many neighbours.
+QUANTIZE_GROUP = 32
+QUANTIZE_VERSION = 1
 # No model stretches its context by so much; what does is a damaged config.
 MAX_ROPE_FACTOR = 100_000
 
@@ -33,8 +37,8 @@ _READ_FIELDS = frozenset(
     """
     attention_bias head_dim hidden_size intermediate_size layer_types max_position_embeddings
     max_window_layers mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
-    rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings
-    use_sliding_window vocab_size
+    quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+    tie_word_embeddings use_sliding_window vocab_size
     """.split()
 )
 
@@ -50,7 +54,6 @@ _NEUTRAL_VALUES = {
     "partial_rotary_factor": (1, None),
     "rotary_pct": (1, None),
     "pretraining_tp": (0, 1, None),
-    "quantization_config": (None,),
     "weight_bits": (None,),
     "input_bits": (None,),
     "clip_qkv": (None,),
@@ -121,6 +124,8 @@ class ModelConfig:
     `attention_bias` is the bias of q, k and v; `attention_out_bias` that of the output projection
     (Llama has both or none, Qwen2 the first alone). `qk_norm` is Qwen3's RMS norm of each head.
     In `sliding_layers` a token sees the last `sliding_window` positions alone, its own included.
+    `quantize` says how the weights of linear layers, embedding and head are held: "int8", "int4"
+    (these two as int8 then, too), None for floats.
     """
 
     model_type: str
@@ -142,6 +147,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
+    quantize: str | None = None
 
     @property
     def group_size(self) -> int:
@@ -168,6 +174,32 @@ class ModelConfig:
         if isinstance(scaling, YarnScaling):
             return max(longest, int(scaling.original_max_position_embeddings * scaling.factor))
         return longest
+
+    def quantized(self, scheme: str | None) -> "ModelConfig":
+        """The same model with its weights held as "int8" or "int4", as they are for None.
+
+        raises: UsageError where they are held otherwise already, or their rows do not divide into
+                groups
+        """
+        if scheme in (None, self.quantize):
+            return self
+        if self.quantize is not None:
+            raise UsageError(
+                f"quantize is {scheme!r}, but the model's weights are stored as {self.quantize}; "
+                f"leave it out, or take the model that they were made from"
+            )
+        widths = {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads * head_dim": self.num_attention_heads * self.head_dim,
+        }
+        for name, width in widths.items():
+            if width % QUANTIZE_GROUP:
+                raise UsageError(
+                    f"quantize is {scheme!r}, but {name} is {width}; quantized weights want "
+                    f"multiples of {QUANTIZE_GROUP}: leave it out for this model"
+                )
+        return replace(self, quantize=scheme)
 
     def rope_length(self, num_positions: int) -> int | None:
         """What the RoPE frequencies of a request depend on: its length, where scaling is dynamic.
@@ -237,7 +269,7 @@ class ModelConfig:
         num_layers = _positive_int(raw, "num_hidden_layers")
         sliding_window, sliding_layers = _read_window(raw, family, num_layers)
         attention_bias = _boolean(raw, "attention_bias") or family["attention_bias"]
-        return ModelConfig(
+        config = ModelConfig(
             model_type=model_type,
             hidden_size=hidden_size,
             intermediate_size=_positive_int(raw, "intermediate_size"),
@@ -258,6 +290,7 @@ class ModelConfig:
             sliding_window=sliding_window,
             sliding_layers=sliding_layers,
         )
+        return config.quantized(_read_quantization(raw))
 
 
 # What a family fixes, and the defaults its config class has for fields that a file leaves out.
@@ -303,6 +336,56 @@ _FAMILIES = {
         "sliding": "late",
     },
 }
+
+
+def parse_quantize(name: str | None) -> str | None:
+    """A scheme by name; "none" is None.
+
+    raises: UsageError
+    """
+    if name is not None and name not in QUANTIZE_NAMES:
+        raise UsageError(f"quantize is {name!r}; wanted {', '.join(QUANTIZE_NAMES)}")
+    return None if name == "none" else name
+
+
+def dtype_beside(quantize: str | None, dtype: str) -> str:
+    """The name of the dtype of what is not quantized: as it is asked for, bfloat16 for "auto".
+
+    raises: UsageError for one that the kernels of quantized weights do not take
+    """
+    if quantize is None:
+        return dtype
+    if dtype == "auto":
+        return "bfloat16"
+    allowed = ("bfloat16", "float32") if quantize == "int8" else ("bfloat16",)
+    if dtype not in allowed:
+        raise UsageError(
+            f"dtype is {dtype!r}, but {quantize} weights run in {' or '.join(allowed)}; use that, "
+            "or auto"
+        )
+    return dtype
+
+
+def quantization_field(quantize: str) -> dict:
+    """What config.json holds as `quantization_config` where minifuse quantized the weights."""
+    return {
+        "quant_method": "minifuse",
+        "version": QUANTIZE_VERSION,
+        "scheme": quantize,
+        "group_size": QUANTIZE_GROUP,
+    }
+
+
+def _read_quantization(raw: dict) -> str | None:
+    """The scheme by which minifuse itself quantized the weights; no other is implemented."""
+    found = raw.get("quantization_config")
+    for scheme in (parse_quantize(name) for name in QUANTIZE_NAMES):
+        if found == (scheme and quantization_field(scheme)):
+            return scheme
+    raise ConfigError(
+        f"config field quantization_config is {found!r}, which minifuse does not implement; "
+        "wanted None, or what minifuse itself writes (tools.convert_weights --quantize)"
+    )
 
 
 def _refuse_unsupported(raw: dict) -> None:

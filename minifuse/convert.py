@@ -9,8 +9,9 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,19 +32,20 @@ from minifuse.checkpoint import (
     StoredTensor,
     check_stored,
     count_parameters,
+    dequantize_tensors,
     find_tensors,
     params_from_tensors,
     read_index,
     read_tensors,
     stored_dtype,
 )
-from minifuse.config import ModelConfig
+from minifuse.config import ModelConfig, dtype_beside, parse_quantize
 from minifuse.errors import CheckpointError, MinifuseError, UsageError
 from minifuse.files import format_bytes, list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
 from minifuse.loader import free_memory, resolve_model
 from minifuse.model import forward_plain
-from minifuse.saving import DEFAULT_SHARD_BYTES, save_folder
+from minifuse.saving import DEFAULT_SHARD_BYTES, ModelSource, QuantizedSource, save_folder
 from minifuse.tokenizer import TOKENIZER_CONFIG_FILE
 
 BIN_FILE = "pytorch_model.bin"
@@ -87,9 +89,10 @@ class HubFolder:
         dtype = stored_dtype(self.folder, self._stored)
         return next(name for name, value in DTYPES.items() if value == dtype)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Hub name and tensor of every weight, in the files' order, one in memory at a time.
+    def tensors(self, own_int4: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every weight, in the files' order, one in memory at a time.
 
+        own_int4: for sources that keep 4 bits under the hub's names; this one has none
         raises: CheckpointError
         """
         return (_read_torch_files if self._is_torch else read_tensors)(self._stored)
@@ -120,15 +123,32 @@ class Comparison(NamedTuple):
         return self.difference <= self.tolerance
 
 
-def open_source(source: Path | str) -> GgufCheckpoint | HubFolder:
+def open_source(source: Path | str, quantize: str | None = None) -> ModelSource:
     """Open a `.gguf` file, a folder in hub layout, or what the loader finds under a name.
 
     A name leads to the folder that minifuse itself would load, fetched and converted if need be.
+
+    quantize: "int8" or "int4" for a source whose weights are so; they are made so on their way
+              where they are not yet
 
     raises: ModelNotFoundError where it leads nowhere; UsageError for another kind of file;
             CheckpointError, ConfigError for a model that is damaged or not implemented
     """
     path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
+        check = partial(_check_scheme, quantize=quantize)
+        path = resolve_model(source, check=check, quantize=quantize).folder
+    model = _open_path(path)
+    config = _check_scheme(model.config, quantize)
+    is_new = config.quantize is not None and "quantization_config" not in model.config
+    return QuantizedSource(model, config.quantize) if is_new else model
+
+
+def _check_scheme(raw: dict, quantize: str | None) -> ModelConfig:
+    return ModelConfig.from_hf(raw).quantized(quantize)
+
+
+def _open_path(path: Path) -> GgufCheckpoint | HubFolder:
     if os.path.isdir(path):
         return _open_folder(path)
     if os.path.isfile(path):
@@ -137,7 +157,7 @@ def open_source(source: Path | str) -> GgufCheckpoint | HubFolder:
                 f"{path} is a file, but no .gguf; for safetensors and {BIN_FILE} give the folder"
             )
         return read_gguf(path)
-    return _open_folder(resolve_model(source, check=ModelConfig.from_hf).folder)
+    raise UsageError(f"{path} is neither a file nor a folder")
 
 
 def convert(
@@ -145,12 +165,14 @@ def convert(
     target: Path | str,
     *,
     dtype: str = "auto",
+    quantize: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[Iterable, int], Iterable] | None = None,
 ) -> str:
     """Write a model into a new folder in hub layout, all or nothing; returns the dtype's name.
 
     dtype:    name of the dtype to write; "auto" is the source's own, bfloat16 where it is quantised
+    quantize: "int8" or "int4" weights; None or "none" leaves them as they are
     progress: wraps an iterable of one item a tensor, given their number; a progress bar, say
     raises:   UsageError where the target is there already, or comes from elsewhere meanwhile; what
               `open_source` raises; MinifuseError where the folder cannot be written
@@ -158,8 +180,11 @@ def convert(
     target = Path(target)
     if os.path.lexists(target):
         raise UsageError(f"{target} exists; choose a new folder or remove it first")
-    model = open_source(source)
+    quantize = parse_quantize(quantize)
+    dtype = dtype_beside(quantize, dtype)
+    model = open_source(source, quantize)
     dtype = model.own_dtype if dtype == "auto" else dtype
+    dtype_beside(ModelConfig.from_hf(model.config).quantize, dtype)
     is_ours = save_folder(
         target, model, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=progress
     )
@@ -174,25 +199,31 @@ def convert(
 def check(source: Path | str, target: Path | str) -> Comparison:
     """Compare the logits of a source in float32 with those of the folder it was converted to.
 
-    Rounding the weights in memory to the folder's dtype shows how far the logits may move. The
-    folder's may move twice as far, plus the rounding of float32 arithmetic, layer upon layer.
+    Rounding the weights in memory to the folder's dtype, or to its 8 or 4 bits, shows how far the
+    logits may move. The folder's may move twice as far, plus the rounding of float32 arithmetic,
+    layer upon layer.
 
     raises: what `open_source` raises; MinifuseError where the weights do not fit into memory
     """
-    original, written = open_source(source), _open_folder(Path(target))
-    dtype = written.own_dtype
-    config = ModelConfig.from_hf(original.config)
+    written = _open_folder(Path(target))
+    dtype, quantize = written.own_dtype, ModelConfig.from_hf(written.config).quantize
+    rounding = open_source(source, quantize)
+    original = rounding.source if isinstance(rounding, QuantizedSource) else rounding
+    config = replace(ModelConfig.from_hf(original.config), quantize=None)
     _check_memory(config)
-    rounded = ((name, tensor.to(DTYPES[dtype])) for name, tensor in original.tensors())
-    exact = _logits(config, original.tensors())
-    naive = _logits(config, rounded)
-    found = _logits(ModelConfig.from_hf(written.config), written.tensors())
+    rounded = (
+        (name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor)
+        for name, tensor in rounding.tensors()
+    )
+    exact = _logits(config, dequantize_tensors(original.tensors()))
+    naive = _logits(config, dequantize_tensors(rounded))
+    found = _logits(config, dequantize_tensors(written.tensors()))
     floor = torch.finfo(torch.float32).eps * config.num_hidden_layers * exact.abs().max().item()
     return Comparison(
         difference=(found - exact).abs().max().item(),
         tolerance=2 * (naive - exact).abs().max().item() + floor,
         num_tokens=_CHECK_TOKENS,
-        dtype=dtype,
+        dtype=dtype if quantize is None else quantize,
     )
 
 

@@ -74,14 +74,12 @@ def load(
     model:    a card's name, a folder in hub layout, a .gguf file; None for the default model
     dtype:    "auto" (the checkpoint's own), "float32", "bfloat16" or "float16"
     device:   "auto" (CUDA where there is one), or a torch device's name
-    quantize: None; quantized weights are not implemented yet
+    quantize: "int8" or "int4" weights; None or "none" as they are stored
     compile:  False runs eagerly: slow, no compiler needed, the same results
     raises:   MinifuseError of one kind or another; see `loader.load_model`
     """
-    if quantize not in (None, "none"):
-        raise UsageError(f"quantize is {quantize!r}; wanted none: no other scheme is implemented")
     start = time.perf_counter()
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, quantize)
     return Fuser(loaded, compile=compile, load_s=time.perf_counter() - start)
 
 
@@ -307,7 +305,7 @@ class Fuser:
         for count in range(wanted, 0, -1):
             size = self._size_of(jobs, count)
             needed = cache_bytes(
-                self.model.config, rows=1, slots=size.slots, dtype=self.executor.dtype
+                self.model.config, rows=1, slots=size.slots, dtype=self.executor.cache_dtype
             )
             if needed <= free:
                 break
@@ -526,7 +524,7 @@ class Fuser:
             model=self.model.name,
             source=self.model.source,
             dtype=str(self.model.dtype).removeprefix("torch."),
-            quantize=None,
+            quantize=self.model.config.quantize,
             positions=job.plan.fusion.positions,
             seed=job.plan.generation.seed,
             layout=layout,

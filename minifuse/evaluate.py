@@ -213,6 +213,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         "model": fuser.model.name,
         "source": fuser.model.source,
         "dtype": str(fuser.model.dtype).removeprefix("torch."),
+        "quantize": fuser.model.config.quantize,
         "methods": list(methods),
         "n": list(counts),
         "choice": args.choice,

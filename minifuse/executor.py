@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minifuse.cache import KVCache, allocate_cache, move_keys
 from minifuse.config import ModelConfig
+from minifuse.linear import HAS_BF16_PRODUCTS
 from minifuse.masks import Labels, Tables, make_mask
 from minifuse.model import LayerMasks, Params, forward, unembed
 from minifuse.pool import Lease, Pool, Size
@@ -160,6 +161,12 @@ class Executor:
         return self.params.final_norm.dtype
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """What attention runs in: float32 where the CPU has no instructions for bfloat16."""
+        is_slow = self.dtype == torch.bfloat16 and self.device.type == "cpu"
+        return torch.float32 if is_slow and not HAS_BF16_PRODUCTS else self.dtype
+
+    @property
     def compile_s(self) -> float:
         """Seconds spent in compiling runs so far."""
         return sum(self.graphs.values())
@@ -181,7 +188,7 @@ class Executor:
                 return self._free_caches.pop(i)
         del self._free_caches[1:]
         return allocate_cache(
-            self.config, rows=1, slots=slots, dtype=self.dtype, device=self.device
+            self.config, rows=1, slots=slots, dtype=self.cache_dtype, device=self.device
         )
 
     def make_inv_freq(self, rope_length: int | None) -> Tensor:

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minifuse.command import Parser, add_model_flags, check_interrupt, load_fuser, run_command
-from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig, GenerationConfig
+from minifuse.config import (
+    POSITION_SCHEMES,
+    WEIGHT_SIGNALS,
+    FusionConfig,
+    GenerationConfig,
+    parse_quantize,
+)
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.jsonl import (
     Options,
@@ -250,6 +256,7 @@ def _read_options(args: argparse.Namespace) -> Options:
     return Options(
         model=args.model,
         dtype=args.dtype,
+        quantize=parse_quantize(args.quantize),
         methods=tuple(str(method) for method in parse_methods(name.strip() for name in names)),
         positions=fusion.positions,
         beta=fusion.beta,

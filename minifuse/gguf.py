@@ -4,13 +4,13 @@ Whatever changes the result is either carried over exactly or refused by name.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
@@ -19,6 +19,7 @@ from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.files import list_names, write_json
 from minifuse.gguf_tokenizer import read_tokenizer
+from minifuse.quantize import QuantizedTensor, join_groups
 from minifuse.rope import make_inv_freq
 
 # GGUF architecture -> the class that transformers names in config.json.
@@ -127,9 +128,13 @@ class GgufCheckpoint:
     own_dtype: str
     _reader: GGUFReader
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, own_int4: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Hub name and f32 tensor of every weight, in the file's order, one in memory at a time.
 
+        own_int4: hub names of those that come with their own nibbles and scales instead, where they
+                  are stored as Q4_0 or Q4_1
         raises: CheckpointError where a block of the file does not decode
         """
         heads = {}
@@ -140,19 +145,26 @@ class GgufCheckpoint:
             if stored.name != _ROPE_FREQS:
                 name = _hub_name(stored.name)
                 # No variable holds the tensor, so it goes as soon as its reader is done with it.
-                yield name, self._read_tensor(stored, heads.get(name.split(".")[-2]))
+                decode = _read_int4 if name in own_int4 else _dequantize
+                yield name, self._read_tensor(stored, heads.get(name.split(".")[-2]), decode)
 
     def save_files(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder."""
         for name, content in self.tokenizer_files.items():
             write_json(folder / name, content)
 
-    def _read_tensor(self, stored: ReaderTensor, num_heads: int | None) -> Tensor:
-        tensor = _dequantize(self.path, stored)
+    def _read_tensor(
+        self,
+        stored: ReaderTensor,
+        num_heads: int | None,
+        decode: Callable[[Path, ReaderTensor], Tensor | QuantizedTensor],
+    ) -> Tensor | QuantizedTensor:
+        tensor = decode(self.path, stored)
+        parts = tensor if isinstance(tensor, QuantizedTensor) else [tensor]
         # One of another shape goes out as it is, to be named with all that do not fit.
-        if num_heads and len(tensor) == num_heads * self.config["head_dim"]:
-            return _unpermute(tensor, num_heads)
-        return tensor
+        if num_heads and len(parts[0]) == num_heads * self.config["head_dim"]:
+            parts = [_unpermute(part, num_heads) for part in parts]
+        return QuantizedTensor(*parts) if len(parts) == 2 else parts[0]
 
 
 def read_gguf(path: Path | str) -> GgufCheckpoint:
@@ -247,18 +259,40 @@ def _dequantize(path: Path, stored: ReaderTensor) -> Tensor:
                 "gguf package does not decode; choose another quantisation of the model"
             ) from None
         if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{path}: tensor {stored.name} holds numbers that are not finite; "
-                "fetch the file again"
-            )
+            raise _not_finite(path, stored)
         tensor[start : start + step].numpy()[:] = values
     return tensor
+
+
+def _read_int4(path: Path, stored: ReaderTensor) -> Tensor | QuantizedTensor:
+    """Nibbles and scales of Q4_0 (w = d * (q - 8)) and Q4_1 (w = d * q + m), the floats of others.
+
+    The numbers d and m are f16, and are rounded to bf16; nothing else is.
+    """
+    is_q4_1 = stored.tensor_type == GGMLQuantizationType.Q4_1
+    if not is_q4_1 and stored.tensor_type != GGMLQuantizationType.Q4_0:
+        return _dequantize(path, stored)
+    rows = int(stored.shape[1])
+    num_scales = 1 + is_q4_1
+    blocks = torch.from_numpy(stored.data.reshape(rows, -1, 2 * num_scales + 16).copy())
+    numbers = blocks[..., : 2 * num_scales].contiguous().view(torch.float16).float()
+    if not torch.isfinite(numbers).all():
+        raise _not_finite(path, stored)
+    scale = numbers[..., 0]
+    zero = numbers[..., 1] + 8 * scale if is_q4_1 else torch.zeros_like(scale)
+    return join_groups(blocks[..., 2 * num_scales :], scale, zero)
+
+
+def _not_finite(path: Path, stored: ReaderTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: tensor {stored.name} holds numbers that are not finite; fetch the file again"
+    )
 
 
 def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
     """Rows of each head from interleaved pairs (0, D/2, 1, D/2+1, ...) back to halves.
 
-    tensor: float[H*D, ...]
+    tensor: [H*D, ...]
     """
     pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -44,6 +44,7 @@ class Options:
 
     model: str | None
     dtype: str
+    quantize: str | None
     methods: tuple[str, ...]
     positions: str
     beta: float
@@ -59,9 +60,9 @@ class Options:
     chat_variables: dict[str, Any]
 
     def for_engine(self) -> dict[str, Any]:
-        """Keyword arguments of `Fuser.generate`, which knows its model and dtype already."""
+        """Keyword arguments of `Fuser.generate`, which knows its model already."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}
-        del options["model"], options["dtype"]
+        del options["model"], options["dtype"], options["quantize"]
         return {**options, "methods": list(self.methods), "stop": list(self.stop)}
 
     def for_record(self) -> dict[str, Any]:

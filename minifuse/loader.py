@@ -5,7 +5,8 @@ GGUFs are converted to, lie in `MINIFUSE_HOME`, else in the platform's cache dir
 
     gguf/<sha256 of the GGUF>/NAME.gguf       kept where minifuse itself fetched it
     gguf/<sha256 of the GGUF>/<dtype>-v<N>/   the folder in hub layout that it was converted to;
-                                              dtype as it was asked for, "auto" included
+                                              dtype as it was asked for, "auto" included;
+                                              quantized weights have <dtype>-<scheme>-v<N>
     hub/<repository>/<commit>                 notes that a snapshot lacks no small file (`hub`)
 
 Whatever is written gets a temporary name first and its own by renaming, so that processes that
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 from minifuse.cache import cache_bytes
 from minifuse.cards import DEFAULT_CARD, ModelCard, read_cards
-from minifuse.checkpoint import DTYPES, count_parameters, load_params, stored_dtype, weight_files
-from minifuse.config import ModelConfig
+from minifuse.checkpoint import DTYPES, load_params, stored_dtype, weight_bytes, weight_files
+from minifuse.config import ModelConfig, dtype_beside, parse_quantize
 from minifuse.errors import (
     CheckpointError,
     ConfigError,
@@ -38,7 +39,7 @@ from minifuse.files import read_json
 from minifuse.gguf import read_gguf
 from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
 from minifuse.model import Params
-from minifuse.saving import save_folder
+from minifuse.saving import QuantizedSource, save_folder
 from minifuse.tokenizer import Tokenizer
 from minifuse.wheels import converted_folder, fetch_gguf, file_sha256
 
@@ -74,31 +75,42 @@ class Origin:
 
 
 def load_model(
-    model: str | Path | None = None, dtype: str = "auto", device: str = "auto"
+    model: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> LoadedModel:
     """Load a model by card name, folder in hub layout, `.gguf` file or hub id.
 
     model:  None is the default card; a hub id is ORG/NAME or ORG/NAME@REVISION, a str, no Path
     dtype:  "auto" (the checkpoint's own), or one of config.DTYPE_NAMES
     device: "auto" (CUDA where there is one), or what torch calls it
-    raises: UsageError for a dtype or device that is none; ModelNotFoundError where the name leads
+    quantize: "int8" or "int4" holds the weights so, in bfloat16 unless `dtype` says otherwise;
+            "none" or None as they are stored, which may be either
+    raises: UsageError for a dtype, device or scheme that is none, or that do not go together, or
+            not with the model; ModelNotFoundError where the name leads
             nowhere; ConfigError, CheckpointError for a model that does not run; MinifuseError
             where it does not fit into memory
     """
     _check_dtype(dtype)
     place = resolve_device(device)
+    quantize = parse_quantize(quantize)
+    dtype = dtype_beside(quantize, dtype)
+    _check_quantized_device(quantize, place)
 
     def check(raw: dict) -> None:
         """Refuse by its config alone what would be refused after much work."""
         name = raw.get("dtype", raw.get("torch_dtype")) if dtype == "auto" else dtype
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is a warning comes when the model is loaded
-            config = ModelConfig.from_hf(raw)
+            config = ModelConfig.from_hf(raw).quantized(quantize)
+            _check_quantized_device(config.quantize, place)
             if isinstance(name, str) and name in DTYPES:
                 _check_memory(config, DTYPES[name], place)
 
-    origin = resolve_model(model, dtype, check)
-    config = ModelConfig.from_hf(read_json(origin.folder / "config.json"))
+    origin = resolve_model(model, dtype, check, quantize)
+    stored_config = ModelConfig.from_hf(read_json(origin.folder / "config.json"))
+    config = stored_config.quantized(quantize)
     tokenizer = Tokenizer.from_folder(origin.folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -107,8 +119,9 @@ def load_model(
         )
     eos_token_ids = _end_tokens(origin, tokenizer)
     torch_dtype = stored_dtype(origin.folder) if dtype == "auto" else DTYPES[dtype]
+    dtype_beside(config.quantize, str(torch_dtype).removeprefix("torch."))
     _check_memory(config, torch_dtype, place)
-    params = load_params(origin.folder, config, torch_dtype, place)
+    params = load_params(origin.folder, stored_config, torch_dtype, place, quantize)
     return LoadedModel(
         config=config,
         params=params,
@@ -146,25 +159,28 @@ def resolve_model(
     model: str | Path | None = None,
     dtype: str = "auto",
     check: Callable[[dict], None] = lambda config: None,
+    quantize: str | None = None,
 ) -> Origin:
     """Find a model and bring it into a folder in hub layout, fetching and converting if need be.
 
     check:  looks at what config.json holds, or would, before weights are fetched, hashed or
             converted; what it raises spares that
+    quantize: "int8" or "int4" has a GGUF converted so, from its own scales where it can be; other
+            folders stay as they are
     raises: as `resolve_card`; ModelNotFoundError, listing what is accepted, for any other name
     """
     cards = read_cards()
     name = DEFAULT_CARD if model is None else str(model)
     for card in cards:
         if name == card.name or name in card.aliases:
-            return resolve_card(card, check)
+            return resolve_card(card, check, quantize)
     # os.path, not Path: it answers no, and does not raise, for names that can be no file.
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
         return _resolve_folder(path, check)
     is_gguf = path.suffix.lower() == ".gguf"
     if is_gguf and os.path.isfile(path):
-        return _resolve_gguf(path, dtype, check)
+        return _resolve_gguf(path, dtype, check, quantize)
     is_path = is_gguf or isinstance(model, Path) or os.path.isfile(path)
     source = None if is_path else parse_hub_id(name)
     if source is not None:
@@ -182,19 +198,24 @@ def resolve_model(
     )
 
 
-def resolve_card(card: ModelCard, check: Callable[[dict], None] = lambda config: None) -> Origin:
+def resolve_card(
+    card: ModelCard,
+    check: Callable[[dict], None] = lambda config: None,
+    quantize: str | None = None,
+) -> Origin:
     """Find a card's model in the cache, or fetch and convert it.
 
-    check:  as in `resolve_model`
+    check, quantize: as in `resolve_model`
     raises: ModelNotFoundError, listing what was tried; CheckpointError for a file of another hash;
             MinifuseError where the cache has no room or cannot be written
     """
     source = card.source
     if isinstance(source, HubSource):
         return _resolve_hub(source, card.name, check, card.stop_tokens)
-    folder = converted_folder(source.sha256, source.dtype)
+    folder = converted_folder(source.sha256, source.dtype, quantize)
     if not folder.is_dir():
-        folder = _converted(fetch_gguf(source, card.name), source.sha256, source.dtype, check)
+        path = fetch_gguf(source, card.name)
+        folder = _converted(path, source.sha256, source.dtype, check, quantize)
     return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
 
 
@@ -235,9 +256,11 @@ def _resolve_folder(folder: Path, check: Callable[[dict], None]) -> Origin:
     return Origin(folder, folder.resolve().name, f"folder {folder}; {', '.join(hashes)}")
 
 
-def _resolve_gguf(path: Path, dtype: str, check: Callable[[dict], None]) -> Origin:
+def _resolve_gguf(
+    path: Path, dtype: str, check: Callable[[dict], None], quantize: str | None
+) -> Origin:
     sha256 = file_sha256(path)
-    folder = _converted(path, sha256, dtype, check)
+    folder = _converted(path, sha256, dtype, check, quantize)
     return Origin(folder, path.stem, f"file {path}; sha256 {sha256}")
 
 
@@ -252,14 +275,17 @@ def _resolve_hub(
     return Origin(folder, name, f"{source}, commit {folder.name}", stop_tokens)
 
 
-def _converted(path: Path, sha256: str, dtype: str, check: Callable[[dict], None]) -> Path:
-    folder = converted_folder(sha256, dtype)
+def _converted(
+    path: Path, sha256: str, dtype: str, check: Callable[[dict], None], quantize: str | None
+) -> Path:
+    folder = converted_folder(sha256, dtype, quantize)
     if not folder.is_dir():
         checkpoint = read_gguf(path)
         own = checkpoint.own_dtype if dtype == "auto" else dtype
         check(checkpoint.config | {"torch_dtype": own})
         progress = partial(tqdm, desc=f"converting {path.name}, once", unit="tensor")
-        save_folder(folder, checkpoint, dtype=own, progress=lambda it, n: progress(it, total=n))
+        source = QuantizedSource(checkpoint, quantize) if quantize else checkpoint
+        save_folder(folder, source, dtype=own, progress=lambda it, n: progress(it, total=n))
     return folder
 
 
@@ -268,12 +294,20 @@ def _check_dtype(dtype: str) -> None:
         raise UsageError(f"dtype is {dtype!r}; wanted auto, {', '.join(DTYPES)}")
 
 
+def _check_quantized_device(quantize: str | None, device: torch.device) -> None:
+    if quantize is not None and device.type != "cpu":
+        raise UsageError(
+            f"{quantize} weights are not implemented on {device.type}, only on the CPU; use device "
+            "cpu, or weights that are not quantized"
+        )
+
+
 def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Compare what the model takes with what is free, before anything is allocated.
 
     raises: MinifuseError where the weights do not fit; a warning where hardly anything else does
     """
-    weights = count_parameters(config) * dtype.itemsize
+    weights = weight_bytes(config, dtype)
     cache = cache_bytes(config, rows=1, slots=config.context_length, dtype=dtype)
     free = free_memory(device)
     sizes = (

@@ -8,6 +8,7 @@ Letters: B rows, T tokens in this call, S cache slots, H query heads, K key/valu
 D head size, C hidden size, F MLP size, V vocabulary, Q and J blocks of queries and keys.
 """
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -18,20 +19,25 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from minifuse.cache import KVCache, allocate_cache, write_cache
 from minifuse.config import ModelConfig
+from minifuse.linear import PackedWeight, Weight, embed, linear
 from minifuse.rope import apply_rope, make_cos_sin, make_inv_freq
 
 KV_BLOCK = 128
+
+
+# The weights of a layer that may be quantized.
+WEIGHT_FIELDS = ("wqkv", "wo", "w_gate_up", "w_down")
 
 
 class LayerParams(NamedTuple):
     """One layer. Linear weights keep the hub's [out, in] order; absent parts are None."""
 
     attn_norm: Tensor  # float[C]
-    wqkv: Tensor  # float[(H+2K)*D, C]
-    wo: Tensor  # float[C, H*D]
+    wqkv: Weight  # [(H+2K)*D, C]
+    wo: Weight  # [C, H*D]
     mlp_norm: Tensor  # float[C]
-    w_gate_up: Tensor  # float[2F, C]
-    w_down: Tensor  # float[C, F]
+    w_gate_up: Weight  # [2F, C]
+    w_down: Weight  # [C, F]
     bqkv: Tensor | None = None  # float[(H+2K)*D]
     bo: Tensor | None = None  # float[C]
     q_norm: Tensor | None = None  # float[D]
@@ -41,12 +47,15 @@ class LayerParams(NamedTuple):
 
 
 class Params(NamedTuple):
-    """All weights. `lm_head` is `embed` itself where the config ties them."""
+    """All weights. `lm_head` is `embed` itself where the config ties them.
 
-    embed: Tensor  # float[V, C]
+    `final_norm` tells the activations' dtype and device; a quantized weight has others.
+    """
+
+    embed: Weight  # [V, C]
     layers: tuple[LayerParams, ...]
     final_norm: Tensor  # float[C]
-    lm_head: Tensor  # float[V, C]
+    lm_head: Weight  # [V, C]
 
 
 class BlockLists(NamedTuple):
@@ -120,22 +129,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * scaled.to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias.
-
-    x: float[B, T, in], weight: float[out, in], bias: float[out] -> float[B, T, out]
-
-    One row on the CPU is bound by reading the weight, and Inductor's reduction reads it two to
-    three times as fast as the library's matrix product does.
-    """
-    if x.shape[0] * x.shape[1] > 1 or x.device.type != "cpu" or not torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    y = (x.view(1, -1).float() * weight.float()).sum(-1)
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype).view(1, 1, -1)
-
-
 def fold_queries(q_BTHD: Tensor, num_kv_heads: int) -> Tensor:
     """Fold the G query heads of a key/value head into the query length.
 
@@ -196,28 +189,54 @@ def attention_block(
     eps: float,
     scale: float,
 ) -> Tensor:
-    """Project, rotate, write keys and values into the cache (in place), attend, project back."""
+    """Project, rotate, write keys and values into the cache (in place), attend, project back.
+
+    Attention runs in the dtype of the cache, which may be wider than x's.
+    """
     B, T, _ = x.shape
     K, D = keys.shape[1], keys.shape[3]
-    H = layer.wo.shape[1] // D
-    qkv = linear(x, layer.wqkv, layer.bqkv).view(B, T, H + 2 * K, D)
-    q, k, v = qkv.split((H, K, K), dim=2)
+    qkv = linear(x, layer.wqkv, layer.bqkv).view(B, T, -1, D)
+    q, k, v = qkv.split((qkv.shape[2] - 2 * K, K, K), dim=2)
     if layer.q_norm is not None:
         q = rms_norm(q, layer.q_norm, eps)
         k = rms_norm(k, layer.k_norm, eps)
+    q, k, v = (part.to(keys.dtype) for part in (q, k, v))
     # Rotated after the fold: Inductor picks the kernel by the shape that q has in memory, and
     # wants that shape to be the folded one.
     q = apply_rope(fold_queries(q, K), rotation.query_cos, rotation.query_sin)
     k = apply_rope(k.transpose(1, 2), rotation.cos, rotation.sin)
     write_cache(keys, slots, k)
     write_cache(values, slots, v.transpose(1, 2))
-    return linear(unfold_queries(attend(q, keys, values, mask, scale), T), layer.wo, layer.bo)
+    attended = unfold_queries(attend(q, keys, values, mask, scale), T).to(x.dtype)
+    return linear(attended, layer.wo, layer.bo)
 
 
 def mlp_block(x: Tensor, layer: LayerParams) -> Tensor:
     """Gated SiLU: down(silu(gate(x)) * up(x))."""
     gate, up = linear(x, layer.w_gate_up, layer.b_gate_up).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, layer.w_down, layer.b_down)
+
+
+def flatten_layer(layer: LayerParams) -> list[Tensor | None]:
+    """A layer's fields; a weight takes two places, the second for the scales of a quantized one."""
+    parts: list[Tensor | None] = []
+    for name, part in zip(LayerParams._fields, layer, strict=True):
+        if isinstance(part, PackedWeight):
+            parts += part
+        else:
+            parts += (part, None) if name in WEIGHT_FIELDS else (part,)
+    return parts
+
+
+def unflatten_layer(parts: Iterator[Tensor | None]) -> LayerParams:
+    """Undo `flatten_layer`."""
+
+    def take(name: str) -> Weight | None:
+        values = next(parts)
+        scales = next(parts) if name in WEIGHT_FIELDS else None
+        return values if scales is None else PackedWeight(values, scales)
+
+    return LayerParams(*[take(name) for name in LayerParams._fields])
 
 
 @torch.compiler.nested_compile_region
@@ -234,12 +253,12 @@ def decoder_layer(
     """One layer; a region that the compiler traces once however many layers there are.
 
     Torch 2.13 traces it anew for every layer unless each argument is a tensor or a constant, so
-    `parts` are the fields of Rotation, BlockLists and LayerParams, in this order.
+    `parts` are the fields of Rotation and BlockLists, in this order, and a layer as `flatten_layer`
+    lays it out.
     """
     fields = iter(parts)
-    rotation, blocks, layer = (
-        kind(*islice(fields, len(kind._fields))) for kind in (Rotation, BlockLists, LayerParams)
-    )
+    rotation, blocks = (kind(*islice(fields, len(kind._fields))) for kind in (Rotation, BlockLists))
+    layer = unflatten_layer(fields)
     mask = AttentionMask(bias, blocks)
     normed = rms_norm(x, layer.attn_norm, eps)
     x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, eps, scale)
@@ -262,13 +281,14 @@ def forward(
     inv_freq: f32[B, T, D/2], or what broadcasts to it
     returns:  float[B, T, C], normed hidden states; `unembed` turns those asked for into logits
     """
-    x = F.embedding(tokens, params.embed)
+    x = embed(tokens, params.embed)
     rotation = make_rotation(inv_freq, positions, config.group_size)
     eps, scale = config.rms_norm_eps, config.attention_scale
     layers = zip(params.layers, cache.keys, cache.values, strict=True)
     for index, (layer, keys, values) in enumerate(layers):
         bias, blocks = masks.sliding if index in config.sliding_layers else masks.full
-        x = decoder_layer(eps, scale, x, keys, values, slots, bias, *rotation, *blocks, *layer)
+        parts = flatten_layer(layer)
+        x = decoder_layer(eps, scale, x, keys, values, slots, bias, *rotation, *blocks, *parts)
     return rms_norm(x, params.final_norm, eps)
 
 
@@ -288,7 +308,7 @@ def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor
     device = tokens.device
     num_blocks = -(-T // KV_BLOCK)
     cache = allocate_cache(
-        config, rows=B, slots=num_blocks * KV_BLOCK, dtype=params.embed.dtype, device=device
+        config, rows=B, slots=num_blocks * KV_BLOCK, dtype=params.final_norm.dtype, device=device
     )
     places = torch.arange(T, device=device).expand(B, T)
     slots = torch.arange(cache.num_slots, device=device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minifuse.command import Parser, load_fuser, run_command
+from minifuse.config import parse_quantize
 from minifuse.errors import UsageError
 from minifuse.evaluation.batches import write_file
 from minifuse.evaluation.flags import (
@@ -109,6 +110,7 @@ def _run(args: argparse.Namespace) -> None:
         "command": "paraphrase",
         "model": args.model,
         "dtype": args.dtype,
+        "quantize": parse_quantize(args.quantize),
         "dataset": args.dataset,
         **options.for_record(exemplars),
     }

@@ -11,7 +11,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -20,17 +21,21 @@ from torch import Tensor
 
 from minifuse.checkpoint import (
     DTYPES,
-    FILE_DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
+    STORED_DTYPES,
     Ledger,
     check_range,
-    count_parameters,
+    expected_dtypes,
     expected_tensors,
+    quantize_tensors,
+    weight_bytes,
+    weight_kinds,
 )
-from minifuse.config import ModelConfig
+from minifuse.config import ModelConfig, quantization_field
 from minifuse.errors import MinifuseError, one_line
 from minifuse.files import DISK_FULL, format_bytes, write_json
+from minifuse.quantize import QuantizedTensor
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -47,13 +52,42 @@ class ModelSource(Protocol):
     @property
     def config(self) -> dict: ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Hub name and float tensor of every weight, one in memory at a time."""
+    def tensors(
+        self, own_int4: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+        """Name and tensor of every weight, one in memory at a time.
+
+        own_int4: hub names of those that are wanted as they are stored, if they lie there in 4 bits
+        """
         ...
 
     def save_files(self, folder: Path) -> None:
         """Write what belongs beside config and weights, the tokenizer above all."""
         ...
+
+
+@dataclass(frozen=True)
+class QuantizedSource:
+    """A model of floats, quantized on its way; what is 4 bits already keeps its scales.
+
+    quantize: "int8" or "int4"
+    """
+
+    source: ModelSource
+    quantize: str
+
+    @property
+    def config(self) -> dict:
+        return self.source.config | {"quantization_config": quantization_field(self.quantize)}
+
+    def tensors(self, own_int4: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """As `expected_tensors` of the quantized config lists them."""
+        config = ModelConfig.from_hf(self.config)
+        own_int4 = [name for name, kind in weight_kinds(config).items() if kind == "int4"]
+        return quantize_tensors(self.source.tensors(own_int4), config)
+
+    def save_files(self, folder: Path) -> None:
+        self.source.save_files(folder)
 
 
 def save_folder(
@@ -77,7 +111,7 @@ def save_folder(
     """
     config = ModelConfig.from_hf(source.config)
     total = len(expected_tensors(config))
-    needed = count_parameters(config) * DTYPES[dtype].itemsize
+    needed = weight_bytes(config, DTYPES[dtype])
     # Closed before anybody reports an error, so that its line does not run on behind a bar.
     with (
         contextlib.closing(_count(total, progress)) as ticks,
@@ -106,7 +140,7 @@ def save_checkpoint(
 ) -> None:
     """Write config.json and safetensors, one file or shards with an index, into a folder.
 
-    tensors: pairs of hub name and float tensor, in any order; one of them is held at a time
+    tensors: pairs of name and tensor, in any order; one of them is held at a time
     tick:    called after each of them
     raises:  CheckpointError, naming every missing, unexpected and misshapen tensor; OSError. By
              then the folder holds files, so write into a temporary one
@@ -119,10 +153,11 @@ def save_checkpoint(
     fields = {"torch_dtype"} | ({"dtype"} & config_raw.keys())
     write_json(folder / "config.json", config_raw | dict.fromkeys(fields, name_of[dtype]))
     ledger = Ledger(config)
-    places = _lay_out(folder, expected_tensors(config), dtype, max_shard_bytes)
+    dtypes = expected_dtypes(config, dtype)
+    places = _lay_out(folder, expected_tensors(config), dtypes, max_shard_bytes)
     for name, tensor in tensors:
         if ledger.admit(name, tuple(tensor.shape)):
-            _write_tensor(places[name], name, tensor, dtype)
+            _write_tensor(places[name], name, tensor, dtypes[name])
         tick()
         # The next one is read before the loop lets go of this one.
         del tensor
@@ -135,13 +170,16 @@ class _Place(NamedTuple):
 
 
 def _lay_out(
-    folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+    max_shard_bytes: int,
 ) -> dict[str, _Place]:
     """Write headers, and an index where there are shards; returns where each tensor goes."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = total = 0
     for name, shape in shapes.items():
-        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes = math.prod(shape) * dtypes[name].itemsize
         if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append({})
             size = 0
@@ -152,7 +190,7 @@ def _lay_out(
     for index, shard in enumerate(shards, 1):
         is_whole = len(shards) == 1
         file = SINGLE_FILE if is_whole else f"model-{index:05}-of-{len(shards):05}.safetensors"
-        places |= _write_header(folder / file, shard, dtype)
+        places |= _write_header(folder / file, shard, dtypes)
     if len(shards) > 1:
         weight_map = {name: places[name].path.name for name in sorted(places)}
         index_content = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -161,16 +199,20 @@ def _lay_out(
 
 
 def _write_header(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+    path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
 ) -> dict[str, _Place]:
     """Begin a safetensors file: the header's length as u64, the header, then room for the data."""
-    spelled = next(name for name, value in FILE_DTYPES.items() if value == dtype)
+    spelled = {dtype: name for name, dtype in STORED_DTYPES.items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + math.prod(shape) * dtypes[name].itemsize
+        header[name] = {
+            "dtype": spelled[dtypes[name]],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
         starts[name] = start
     text = json.dumps(header, separators=(",", ":")).encode()
     # Spaces fill it up, so that the data are aligned.

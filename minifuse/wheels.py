@@ -45,12 +45,14 @@ def cache_dir() -> Path:
     return Path(home).expanduser() if home else Path(user_cache_dir("minifuse"))
 
 
-def converted_folder(sha256: str, dtype: str) -> Path:
+def converted_folder(sha256: str, dtype: str, quantize: str | None = None) -> Path:
     """Where the cache keeps the folder in hub layout that a GGUF of this hash is converted to.
 
-    dtype: as it was asked for, "auto" included
+    dtype:    as it was asked for, "auto" included
+    quantize: scheme of its quantized weights, None for floats
     """
-    return cache_dir() / "gguf" / sha256 / f"{dtype}-v{CONVERSION_VERSION}"
+    kind = f"{dtype}-{quantize}" if quantize else dtype
+    return cache_dir() / "gguf" / sha256 / f"{kind}-v{CONVERSION_VERSION}"
 
 
 def file_sha256(path: Path) -> str:

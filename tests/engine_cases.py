@@ -11,6 +11,7 @@ from tiny_files import make_model
 
 from minifuse.executor import count_compiled_graphs
 from minifuse.layout import Encoding, PackedPrompt, Prompt
+from minifuse.linear import PackedWeight, dequantize
 from minifuse.pool import LABEL_COUNTS, Need, Size
 from minifuse.prefill import tokens_of
 
@@ -48,6 +49,16 @@ def sharpen(model):
             layer.self_attn.q_proj.weight *= 2
             layer.self_attn.k_proj.weight *= 2
     return model
+
+
+def floats_of(params):
+    """The same Params, each quantized weight as the f32 matrix that it stands for."""
+    if isinstance(params, PackedWeight):
+        return dequantize(params, torch.float32)
+    if isinstance(params, tuple):
+        parts = [floats_of(part) for part in params]
+        return type(params)(*parts) if hasattr(params, "_fields") else tuple(parts)
+    return params
 
 
 def make_sharp_model():

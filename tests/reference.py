@@ -489,3 +489,26 @@ def count_near_ties(ours: Sequence[int], logprobs: Tensor, tolerance: float) -> 
         )
         ties += token != int(scores.argmax())
     return ties
+
+
+# Quantized weights
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """What the two tensors of a quantized matrix in a file stand for, f64[out, in], one by one.
+
+    values, scales: i8[out, in] and bf16[out]; or u8[out, in/2] and bf16[out, in/32, 2]
+    """
+    rows, numbers = values.tolist(), scales.double().tolist()
+    if values.dtype == torch.int8:
+        matrix = [[v * scale for v in row] for row, scale in zip(rows, numbers, strict=True)]
+        return torch.tensor(matrix, dtype=torch.float64)
+    matrix = []
+    for row, groups in zip(rows, numbers, strict=True):
+        weights = []
+        for index, (scale, zero) in enumerate(groups):
+            group = row[16 * index : 16 * index + 16]
+            nibbles = [byte % 16 for byte in group] + [byte // 16 for byte in group]
+            weights += [(nibble - 8) * scale + zero for nibble in nibbles]
+        matrix.append(weights)
+    return torch.tensor(matrix, dtype=torch.float64)

@@ -158,7 +158,6 @@ REFUSED = {
     "partial_rotary_factor": 0.5,
     "rotary_pct": 0.25,
     "pretraining_tp": 2,
-    "quantization_config": {"quant_method": "gptq"},
     "weight_bits": 1,
     "input_bits": 8,
     "clip_qkv": 8.0,

@@ -337,7 +337,8 @@ def test_a_file_of_a_folder_is_no_source(hub, tmp_path, name):
 def test_names_go_to_the_loader(tmp_path, hub, monkeypatch):
     asked = []
 
-    def resolve(name, check):
+    def resolve(name, check, quantize):
+        assert quantize is None
         asked.append(name)
         return Origin(hub, "tiny", "somewhere")
 

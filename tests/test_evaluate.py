@@ -190,7 +190,15 @@ def test_resume_wants_the_same_configuration(run, model, tmp_path, capsys):
     assert "was made with seed 0, and this call has 1" in capsys.readouterr().err
     assert main(flags(model, copy, "--resume", "--draws", "2")) == 2
     assert "was made with draws 1, and this call has 2" in capsys.readouterr().err
+    quantized = ("--dtype", "float32", "--quantize", "int8")
+    assert main(flags(model, copy, "--resume", *quantized)) == 2
+    assert "was made with quantize None, and this call has 'int8'" in capsys.readouterr().err
     before = (copy / RECORDS_FILE).read_bytes()
+    assert main(flags(model, copy, "--resume", "--quantize", "none")) == 0
+    # A run of a version that knew no quantized weights.
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantize"]
+    (copy / "config.json").write_text(json.dumps(config))
     assert main(flags(model, copy, "--resume")) == 0
     assert (copy / RECORDS_FILE).read_bytes() == before
 

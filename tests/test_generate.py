@@ -135,7 +135,7 @@ BAD_USAGE = [
     (["a", "b", "--weights", "1,inf"], "--weights holds 1, inf"),
     (["a", "b", "--weights", "1,"], "--weights is '1,'"),
     (["a", "b", "--weights", "guess"], "wanted numbers with commas between them or one of"),
-    (["a", "--quantize", "int8"], "unrecognized arguments"),
+    (["a", "--quantize", "int3"], "invalid choice: 'int3'"),
     (["a", "--system", "x"], "--system is for a chat template; wanted --chat beside it"),
     (["a", "--chat-variable", "x=1"], "--chat-variable is for a chat template"),
     (["a", "--chat", "--chat-variable", "x"], "--chat-variable is 'x'; wanted NAME=VALUE"),
@@ -560,6 +560,27 @@ def test_another_configuration_is_refused(flags, message, generate, requests, tm
     assert message in error
     assert error.count("\n") == 1
     assert output.read_bytes() == before
+
+
+def test_quantized_weights_are_another_run_and_none_is_the_same(generate, requests, tmp_path):
+    output = tmp_path / "out.jsonl"
+    args = ("--input", str(requests), "--output", str(output))
+    assert generate(*args, "--quantize", "int8")[0] == 0
+    results = read_lines(output)
+    assert {(r["quantize"], r["dtype"]) for r in results} == {("int8", "bfloat16")}
+    status, _, error = generate(*args)
+    assert status == 2
+    assert "was made with quantize 'int8', and this call has None" in error
+    output = tmp_path / "plain.jsonl"
+    args = ("--input", str(requests), "--output", str(output))
+    assert generate(*args, "--quantize", "none")[0] == 0
+    assert {result["quantize"] for result in read_lines(output)} == {None}
+    status, _, error = generate(*args)
+    assert (status, "nothing to do" in error) == (0, True)
+    status, _, error = generate("a", "--quantize", "int4", "--dtype", "float32")
+    assert status == 2
+    assert error.startswith("error: dtype is 'float32', but int4 weights run in bfloat16")
+    assert error.count("\n") == 1
 
 
 def test_another_model_under_the_same_path_is_refused(generate, requests, tmp_path):

@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports those above it alone: the design's list, as far as it is built. The decoder
 # comes after layout and methods, and imports neither all the same.
 ORDER = """
-    errors command files config wheels hub cards
+    errors config command files wheels hub cards
     layout methods
-    rope cache model masks pool
-    tokenizer sandbox chat checkpoint saving gguf_tokenizer gguf loader convert
+    rope cache linear model masks pool
+    tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
     executor request prefill scoring engine jsonl generate
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
@@ -23,7 +23,7 @@ ORDER = """
     evaluation.paraphrasing evaluation.confidences evaluation.runner
     evaluate paraphrase confidence
 """.split()
-DECODER = ("rope", "cache", "model")
+DECODER = ("rope", "cache", "linear", "model")
 SOURCES = sorted((ROOT / "minifuse").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
 COMMANDS = (
     "minifuse.cards",

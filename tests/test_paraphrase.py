@@ -455,6 +455,7 @@ CHANGES = [
     (("--top-p", "0.5"), "made with top_p 1.0, and this call has 0.5"),
     (("--max-new-tokens", "9"), "made with max_new_tokens 8, and this call has 9"),
     (("--dtype", "float32"), "made with dtype 'auto', and this call has 'float32'"),
+    (("--quantize", "int8"), "made with quantize None, and this call has 'int8'"),
     (("--model", "default"), "made with model "),
     (("--exemplars", str(EXEMPLARS_FILE)), "made with exemplars "),
 ]

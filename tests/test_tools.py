@@ -89,6 +89,23 @@ def test_check_passes_what_it_wrote(tmp_path, capsys, family, dtype):
     assert out.endswith("against float32): ok\n")
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_weights_pass_their_check(tmp_path, capsys, scheme):
+    source = write_gguf(tmp_path / "tiny.gguf", make_model("llama"), "Q4_1")
+    target = tmp_path / "out"
+    assert main([str(source), str(target), "--quantize", scheme, "--check"]) == 0
+    out, err = capsys.readouterr()
+    assert f"wrote {target} as {scheme} and bfloat16\n" in err
+    assert out.endswith(f"{scheme} against float32): ok\n")
+    loaded = load_model(target)
+    assert (loaded.config.quantize, loaded.dtype) == (scheme, torch.bfloat16)
+    assert main([str(target), str(tmp_path / "again"), "--quantize", scheme]) == 0
+    other = "int4" if scheme == "int8" else "int8"
+    assert main([str(target), str(tmp_path / "other"), "--quantize", other]) == 2
+    assert f"the model's weights are stored as {scheme}" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("kind", ["hub", "bin"])
 def test_folders_convert_and_pass_their_check(tmp_path, capsys, kind):
     model = make_model("llama")

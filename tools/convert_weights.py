@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minifuse.command import Parser, run_command
-from minifuse.config import DTYPE_NAMES
+from minifuse.config import DTYPE_NAMES, QUANTIZE_NAMES
 from minifuse.files import tool_command
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -39,6 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of the weights; auto is as they are stored, bfloat16 where that is quantised "
         "(%(default)s)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZE_NAMES,
+        default="none",
+        help="write the weights in 8 or 4 bits, for minifuse alone; a GGUF's Q4_0 and Q4_1 keep "
+        "their own scales under int4 (%(default)s)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -85,10 +92,12 @@ def _run(args: argparse.Namespace) -> int:
         args.source,
         args.target,
         dtype=args.dtype,
+        quantize=args.quantize,
         max_shard_bytes=args.max_shard_size,
         progress=show,
     )
-    print(f"wrote {args.target} as {dtype}", file=sys.stderr)
+    kind = dtype if args.quantize == "none" else f"{args.quantize} and {dtype}"
+    print(f"wrote {args.target} as {kind}", file=sys.stderr)
     if not args.check:
         return 0
     found = check(args.source, args.target)

@@ -24,7 +24,7 @@ from benchmarks.fusion_study.items import choose_work
 from benchmarks.fusion_study.report import make_report, read_cubes
 from benchmarks.fusion_study.scoring import Study
 from minifuse.command import Parser, add_model_flags, check_interrupt, run_command
-from minifuse.errors import MinifuseError
+from minifuse.errors import MinifuseError, UsageError
 from minifuse.evaluation.datasets import Item
 from minifuse.evaluation.extras import import_extra
 from minifuse.evaluation.flags import DATASET_METAVAR, add_dataset_flags, check_count, read_dataset
@@ -97,7 +97,9 @@ def _run(arguments: Sequence[str]) -> None:
         limit=args.limit,
         half=args.half,
     )
-    model = load_model(args.model, args.dtype, args.device)
+    model = load_model(args.model, args.dtype, args.device, args.quantize)
+    if model.config.quantize is not None:
+        raise UsageError("the study's own decoder multiplies floats; leave --quantize out")
     study = Study(model, configs)
     template = read_template(find_template(dataset.name))
     about = {

@@ -346,8 +346,8 @@ def test_promise_8_no_silent_fallback(fuser):
         UsageError, match=rf"need \d+ labels and the tables have {LABEL_COUNTS[-1]}"
     ):
         fuser.generate(segments=too_many, suffix="A:", methods=methods, max_new_tokens=1)
-    with pytest.raises(UsageError, match="quantize is 'int8'"):
-        minifuse.load(quantize="int8")
+    with pytest.raises(UsageError, match="quantize is 'int3'"):
+        minifuse.load(quantize="int3")
 
 
 def test_promise_8_damaged_weights_are_an_error(fuser):

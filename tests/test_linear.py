@@ -1,0 +1,151 @@
+"""Products with floats and quantized weights, each way of them against the slow twin."""
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from minifuse.linear import (
+    INT4_KERNEL_ROWS,
+    INT8_KERNEL_ROWS,
+    REDUCTION_ROWS,
+    WIDENED_ROWS,
+    PackedWeight,
+    dequantize,
+    embed,
+    linear,
+)
+from minifuse.quantize import QuantizedTensor, pack, quantize_weight
+
+WIDTH = 96
+BF16, F32 = torch.bfloat16, torch.float32
+# On both sides of every threshold.
+COUNTS = sorted(
+    {
+        1,
+        *(
+            count + more
+            for count in (REDUCTION_ROWS, WIDENED_ROWS - 1, INT8_KERNEL_ROWS, INT4_KERNEL_ROWS)
+            for more in (0, 1)
+        ),
+    }
+)
+
+
+def make_weight(kind: str, rows: int = 192, dtype: torch.dtype = BF16) -> tuple:
+    """A weight for `linear`, and the f64 matrix that it stands for by the slow twin."""
+    weight = torch.randn(rows, WIDTH)
+    if kind == "float":
+        return weight.to(dtype), weight.to(dtype).double()
+    stored = quantize_weight(weight, kind)
+    exact = reference.dequantize(stored.values, stored.scales)
+    return pack(QuantizedTensor(stored.values.clone(), stored.scales), dtype), exact
+
+
+def check_product(
+    y: Tensor, x: Tensor, exact: Tensor, bias: Tensor | None, is_rounded: bool
+) -> None:
+    """Within what rounding explains of x @ exact.T + bias.
+
+    is_rounded: the weight may have been rounded to x's dtype on its way
+    """
+    product = x.double() @ exact.T
+    wanted = product if bias is None else product + bias.double()
+    eps = torch.finfo(x.dtype).eps
+    magnitude = x.double().abs() @ exact.abs().T
+    # The result is rounded once, twice with a bias; sums in f32 (or better) of WIDTH products; a
+    # rounded weight is off by eps / 2 of itself, twice where scale and product are both rounded.
+    allowed = eps * (product.abs() + wanted.abs()) / 2 + WIDTH * 2**-23 * magnitude
+    if is_rounded:
+        allowed = allowed + 2 * eps * magnitude
+    assert ((y.double() - wanted).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("float", BF16), ("float", F32), ("int8", BF16), ("int8", F32), ("int4", BF16)],
+)
+def test_any_number_of_rows(kind, dtype, count, has_bias):
+    weight, exact = make_weight(kind, dtype=dtype)
+    x = torch.randn(1, count, WIDTH).to(dtype)
+    bias = torch.randn(len(exact)).to(dtype) if has_bias else None
+    y = linear(x, weight, bias)
+    assert (y.dtype, y.shape) == (dtype, (1, count, len(exact)))
+    # The kernels multiply by what the bits stand for; dequantized weights have x's dtype.
+    limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
+    check_product(y, x, exact, bias, is_rounded=kind != "float" and count > limit)
+
+
+@pytest.mark.parametrize("count", [1, REDUCTION_ROWS, REDUCTION_ROWS + 1, INT4_KERNEL_ROWS + 1])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("float", BF16), ("float", F32), ("int8", BF16), ("int4", BF16)]
+)
+def test_compiled(kind, dtype, count):
+    weight, exact = make_weight(kind, dtype=dtype)
+    x = torch.randn(1, count, WIDTH).to(dtype)
+    bias = torch.randn(len(exact)).to(dtype)
+    torch._dynamo.reset()  # graphs of other cases count against a limit
+    y = torch.compile(linear, fullgraph=True, dynamic=False)(x, weight, bias)
+    assert (y.dtype, y.shape) == (dtype, (1, count, len(exact)))
+    limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
+    check_product(y, x, exact, bias, is_rounded=kind != "float" and count > limit)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_compiled_in_a_region(kind):
+    """Where a layer is compiled: the kernel alone, called there, would fail."""
+    weight, exact = make_weight(kind)
+
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+        return linear(x, PackedWeight(values, scales))
+
+    def twice(x: Tensor) -> Tensor:
+        return region(x, *weight) + region(-x, *weight)
+
+    x = torch.randn(1, 3, WIDTH).to(BF16)
+    with torch.inference_mode():
+        y = torch.compile(twice, fullgraph=True, dynamic=False)(x)
+    assert torch.equal(y, torch.zeros(1, 3, len(exact), dtype=BF16))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 4), ()])
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_any_shape_of_rows(kind, shape):
+    weight, _ = make_weight(kind)
+    x = torch.randn(*shape, WIDTH).to(BF16)
+    y = linear(x, weight)
+    assert y.shape == (*shape, 192)
+    flat = linear(x.reshape(1, -1, WIDTH), weight)
+    torch.testing.assert_close(y.reshape(1, -1, 192), flat, rtol=0, atol=0)
+
+
+def test_rows_that_are_not_contiguous():
+    x = torch.randn(WIDTH, 7).to(BF16).T
+    for kind in ("float", "int8", "int4"):
+        weight, exact = make_weight(kind)
+        check_product(linear(x, weight), x, exact, None, is_rounded=False)
+
+
+@pytest.mark.parametrize("rows", [64, 128, 192, 960])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_packed_weights_stand_for_the_same_matrix(kind, rows):
+    weight, exact = make_weight(kind, rows)
+    # Products of 8 bits with a nibble, and a sum: f32 is off by its last bits.
+    torch.testing.assert_close(dequantize(weight, F32).double(), exact, rtol=2**-20, atol=2**-20)
+    bits = 8 if kind == "int8" else 4
+    assert weight.values.nbytes == rows * WIDTH * bits // 8
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_embedding(dtype):
+    tokens = torch.tensor([[3, 0], [191, 3]])
+    weight, exact = make_weight("float", dtype=dtype)
+    assert torch.equal(embed(tokens, weight), exact[tokens].to(dtype))
+    weight, exact = make_weight("int8", dtype=dtype)
+    rows = embed(tokens, weight)
+    assert rows.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(rows.double(), exact[tokens], rtol=eps / 2, atol=0)
