@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             "weight_bytes": count_bytes(model.params),
             "perplexity": text and perplexity(fusers[scheme], text, args.chunks),
         }
+        print(json.dumps(rows[scheme]), file=sys.stderr)
     if not args.skip_speed:
         for scheme, times in race(fusers, args.repeats).items():
             rows[scheme] |= times

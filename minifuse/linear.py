@@ -15,14 +15,15 @@ from torch import Tensor
 
 from minifuse.config import QUANTIZE_GROUP
 
-# Up to so many rows Inductor's reduction reads a float weight faster than a library multiplies.
-REDUCTION_ROWS = 2
-# Without instructions for bfloat16, the CPU's library multiplies float32 several times as fast.
+# Whether the CPU's library has instructions for bfloat16 (AVX-512, mostly). Without them it
+# multiplies float32 several times as fast, which is worth to widen bfloat16 for.
 HAS_BF16_PRODUCTS = (
     torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-# From so many rows on, bfloat16 is widened for such a product.
-WIDENED_ROWS = 16
+# Up to so many rows Inductor's reduction reads a float weight faster than the library does.
+REDUCTION_ROWS = 2 if HAS_BF16_PRODUCTS else 0
+# From so many rows on bfloat16 is widened, where it has to be.
+WIDENED_ROWS = 8
 # Up to so many rows the kernels that multiply packed weights are faster than to dequantize the
 # weight first; their time grows with every row.
 INT4_KERNEL_ROWS = 64
