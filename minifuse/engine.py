@@ -51,6 +51,7 @@ from minifuse.request import (
 from minifuse.results import Generation, StreamEvent, TextBuilder, pick_winner
 from minifuse.sampling import make_generator, pick_token, reduce_logits
 from minifuse.scoring import Scores, score_targets, scores_of, scoring_labels, scoring_slots
+from minifuse.stages import stage
 
 STORED_PREFIXES = 4
 
@@ -419,6 +420,7 @@ class Fuser:
                 self._fill_prefix(pool, key, prefix, span)
         return pool.lease(own_need(job), inv_freq, prefix)
 
+    @stage("prefix")
     def _fill_prefix(self, pool: Pool, key: PrefixKey, lease: Lease, span: Span) -> None:
         """Put a prefix into its slots, computed where it is not stored."""
         slots = torch.tensor(lease.slots[1:], device=self.executor.device)
@@ -470,6 +472,7 @@ class Fuser:
         job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
         return events
 
+    @stage("step")
     def _step(self, pool: Pool, jobs: Mapping[int, Job]) -> dict[int, list[StreamEvent]]:
         """One forward over all live streams; every answer gets its next token."""
         steps = [job.next_step() for job in jobs.values()]

@@ -22,7 +22,9 @@ from minifuse.linear import HAS_BF16_PRODUCTS
 from minifuse.masks import Labels, Tables, make_mask
 from minifuse.model import LayerMasks, Params, forward, unembed
 from minifuse.pool import Lease, Pool, Size
+from minifuse.precompiled import Step, precompile
 from minifuse.rope import make_inv_freq
+from minifuse.stages import stage
 
 PREFILL_SIZES = (128, 512)
 # Tokens whose queries visit the same blocks of keys.
@@ -40,7 +42,12 @@ MAX_DECODE_TOKENS = 128
 # Inductor inlines a norm into the matrix product behind it, and computes it anew for every output
 # row, unless an expression of this many operations gets a buffer of its own (default: 50).
 # The asserts check the shapes of all weights again in every layer of every step.
-CPU_OPTIONS = {"realize_opcount_threshold": 10, "size_asserts": False}
+# Inductor's CPU template of flex_attention cannot take in what follows it, but is asked to (2.13).
+CPU_OPTIONS = {
+    "realize_opcount_threshold": 10,
+    "size_asserts": False,
+    "epilogue_fusion": False,
+}
 
 
 class Token(NamedTuple):
@@ -99,6 +106,13 @@ class Graph(NamedTuple):
     size: Size
 
 
+class GraphRecord(NamedTuple):
+    """What a graph took to be ready; `is_stored` if it was found on disk whole."""
+
+    seconds: float
+    is_stored: bool
+
+
 def prefill_step(
     params: Params,
     config: ModelConfig,
@@ -135,8 +149,8 @@ def decode_step(
 class Executor:
     """Owns params, compiled graphs and cache buffers; knows nothing of text or methods.
 
-    graphs:     seconds that each compiling run took
-    recompiles: graphs compiled outside of such runs; 0 unless something is wrong
+    graphs:     what is compiled so far, in order
+    recompiles: graphs compiled on any other occasion; 0 unless something is wrong
     """
 
     def __init__(self, config: ModelConfig, params: Params, *, compile: bool):
@@ -149,7 +163,8 @@ class Executor:
             self._steps = {
                 kind: _compile(step, params.final_norm.device) for kind, step in self._steps.items()
             }
-        self.graphs: dict[Graph, float] = {}
+        self.graphs: dict[Graph, GraphRecord] = {}
+        self._ready: dict[Graph, Step] = {}
         self._free_caches: list[KVCache] = []
 
     @property
@@ -168,8 +183,8 @@ class Executor:
 
     @property
     def compile_s(self) -> float:
-        """Seconds spent in compiling runs so far."""
-        return sum(self.graphs.values())
+        """Seconds spent on compiling so far, or on finding what was compiled."""
+        return sum(record.seconds for record in self.graphs.values())
 
     @contextmanager
     def pool(self, size: Size) -> Iterator[Pool]:
@@ -262,23 +277,35 @@ class Executor:
         return list(torch.cat(outputs)[: sum(lengths)].split(lengths))
 
     def _run(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Tensor:
-        step = self._steps[graph.kind]
         if self.is_compiled and graph not in self.graphs:
-            start = time.perf_counter()
-            # The default limit of 8 graphs per function would end in a silent eager fallback.
-            with torch._dynamo.config.patch(
-                recompile_limit=1024,
-                accumulated_recompile_limit=4096,
-                fail_on_recompile_limit_hit=True,
-            ):
-                nothing = Inputs(*map(torch.zeros_like, inputs))
-                step(self.params, self.config, graph.block, nothing, cache, context)
-            self.graphs[graph] = time.perf_counter() - start
+            nothing = Inputs(*map(torch.zeros_like, inputs))
+            with stage(f"compile {graph.kind} {graph.tokens}"):
+                self._compile(graph, nothing, cache, context)
         before = count_compiled_graphs()
-        output = step(self.params, self.config, graph.block, inputs, cache, context)
+        step = self._ready.get(graph, self._steps[graph.kind])
+        with stage(f"{graph.kind} {graph.tokens}"):
+            output = step(self.params, self.config, graph.block, inputs, cache, context)
         if self.is_compiled:
             self.recompiles += count_compiled_graphs() - before
         return output
+
+    def _compile(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> None:
+        """Get a graph ready; `inputs` are padding alone."""
+        start = time.perf_counter()
+        step = self._steps[graph.kind]
+        args = (self.params, self.config, graph.block, inputs, cache, context)
+        # The default limit of 8 graphs per function would end in a silent eager fallback.
+        with torch._dynamo.config.patch(
+            recompile_limit=1024,
+            accumulated_recompile_limit=4096,
+            fail_on_recompile_limit_hit=True,
+        ):
+            if self.device.type == "cpu":
+                self._ready[graph] = precompile(step, graph.kind, args)
+            else:
+                step(*args)
+        is_stored = graph in self._ready and self._ready[graph].is_stored
+        self.graphs[graph] = GraphRecord(time.perf_counter() - start, is_stored)
 
 
 def _blocks_of(kind: str, size: Size) -> dict[int, int]:
@@ -309,7 +336,8 @@ def _compile(step: Callable, device: torch.device) -> Callable:
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     options = {"guard_filter_fn": _keep_guards}
     if device.type == "cpu":
-        options |= CPU_OPTIONS
+        # Compiled ahead of time (`precompiled`): a step's name on disk stands for its guards.
+        options = {"guard_filter_fn": lambda entries: [False] * len(entries)} | CPU_OPTIONS
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 

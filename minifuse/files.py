@@ -1,8 +1,10 @@
 """What modules that read and write models share: JSON files, paths, and how both are spoken of."""
 
 import errno
+import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 
 from minifuse.errors import CheckpointError, one_line
@@ -55,6 +57,15 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count} B"
+
+
+@lru_cache(maxsize=1)
+def hash_sources() -> str:
+    """SHA-256 of the package's own modules (its wings aside): what compiled code was made of."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def tool_command(name: str) -> str:

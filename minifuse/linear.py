@@ -20,10 +20,10 @@ from minifuse.config import QUANTIZE_GROUP
 HAS_BF16_PRODUCTS = (
     torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-# Up to so many rows Inductor's reduction reads a float weight faster than the library does.
-REDUCTION_ROWS = 2 if HAS_BF16_PRODUCTS else 0
+# Up to so many rows Inductor's reduction reads a float weight no slower than the library does.
+REDUCTION_ROWS = 2
 # From so many rows on bfloat16 is widened, where it has to be.
-WIDENED_ROWS = 8
+WIDENED_ROWS = 16
 # Up to so many rows the kernels that multiply packed weights are faster than to dequantize the
 # weight first; their time grows with every row.
 INT4_KERNEL_ROWS = 64

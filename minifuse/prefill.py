@@ -14,6 +14,7 @@ from minifuse.layout import Encoding, Span
 from minifuse.methods import single_view
 from minifuse.pool import Pool
 from minifuse.request import Job
+from minifuse.stages import stage
 
 # Rows of logits held at once while a segment's likelihood is summed up.
 LOGIT_ROWS = 64
@@ -27,7 +28,7 @@ def prefill(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
         job.place_segments()
     spans = [job.packed.take_pending() for job in jobs]
     hidden = _run_segments(executor, pool, jobs, spans)
-    executor.move(pool, [(job.lease, _copies_of(job)) for job in jobs])
+    _run_moves(executor, pool, jobs)
     for job in jobs:
         job.place_signal_views()
     _run_views(executor, pool, jobs)
@@ -55,6 +56,7 @@ def tokens_of(spans: Iterable[Span]) -> list[Token]:
     ]
 
 
+@stage("segments")
 def _run_segments(
     executor: Executor, pool: Pool, jobs: Sequence[Job], spans: Sequence[Sequence[Span]]
 ) -> Sequence[Tensor | None]:
@@ -66,6 +68,11 @@ def _run_segments(
     return executor.prefill(pool, _for_each(jobs, tokens))
 
 
+@stage("moves")
+def _run_moves(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
+    executor.move(pool, [(job.lease, _copies_of(job)) for job in jobs])
+
+
 def _copies_of(job: Job) -> list[Copy]:
     return [
         Copy(source, target, move.turn, move.target.label)
@@ -74,6 +81,7 @@ def _copies_of(job: Job) -> list[Copy]:
     ]
 
 
+@stage("views")
 def _run_views(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
     """Run the pending suffixes; the logits of each one's last token go to `view_logits`."""
     spans = [job.packed.take_pending() for job in jobs]

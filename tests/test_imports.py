@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors config command files wheels hub cards
     layout methods
-    rope cache linear model masks pool
+    rope cache linear model masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
     executor request prefill scoring engine jsonl generate
+    artifacts trials warmup recompiles profiling profile_report
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
     evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches
@@ -31,6 +32,8 @@ COMMANDS = (
     "minifuse.evaluate",
     "minifuse.paraphrase",
     "minifuse.confidence",
+    "minifuse.warmup",
+    "tools.profile_latency",
     "tools.convert_weights",
     "benchmarks.peers",
 )
