@@ -160,12 +160,14 @@ def truth_of(fuser, request, max_new_tokens) -> reference.Reference:
 
 
 @contextmanager
-def nothing_compiles():
-    """Dynamo raises where it would compile, and its own count of graphs stays."""
-    before, breaks = count_compiled_graphs(), dict(torch._dynamo.utils.counters["graph_break"])
+def nothing_compiles(fuser):
+    """No graph is added to those of the fuser, and the compiler itself counts none either."""
+    graphs, counted = list(fuser.executor.graphs), count_compiled_graphs()
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
     with torch.compiler.set_stance("fail_on_recompile"):
         yield
-    assert count_compiled_graphs() == before
+    assert list(fuser.executor.graphs) == graphs, "a graph was added"
+    assert count_compiled_graphs() == counted
     assert dict(torch._dynamo.utils.counters["graph_break"]) == breaks
 
 

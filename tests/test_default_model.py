@@ -318,7 +318,7 @@ def test_promise_7_nothing_recompiles(default_fuser):
     }
     assert sizes == {("prefill", n) for n in PREFILL_SIZES} | {("decode", n) for n in DECODE_BLOCKS}
     prefixes = ["", *(text(1, 30) for _ in range(6))]
-    with nothing_compiles():
+    with nothing_compiles(fuser):
         for number in range(32):
             count = draw.randint(1, 5)
             suffix = draw.choice(["A:", " So", ""])
