@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         y = (y if bias is None else y + bias.float()).to(x.dtype)
     else:
         y = _product(rows, weight, bias)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def embed(tokens: Tensor, weight: Weight) -> Tensor:

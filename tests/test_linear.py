@@ -142,3 +142,7 @@ def test_embedding(dtype):
     assert rows.dtype == dtype
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(rows.double(), exact[tokens], rtol=eps / 2, atol=0)
+
+
+def test_no_rows_give_no_rows():
+    assert linear(torch.ones(0, 3, 32), torch.ones(16, 32)).shape == (0, 3, 16)
