@@ -438,7 +438,7 @@ def test_interrupted_runs_say_how_to_go_on(model, tmp_path, capsys, monkeypatch)
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minifuse.evaluation.runner._run_batch", interrupt)
+    monkeypatch.setattr("minifuse.evaluation.runner._run_asks", interrupt)
     assert main(flags(model, tmp_path / "run")) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert os.path.exists(tmp_path / "run" / "config.json")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minifuse.errors import UsageError
 from minifuse.layout import Encoding, PackedPrompt, Part, Prompt
-from minifuse.masks import make_tables
+from minifuse.masks import make_tables, write_rules
 from minifuse.methods import (
     ALIASES,
     SPECS,
@@ -69,8 +69,9 @@ def test_each_method_has_streams_tables_and_a_reduction(method):
             stream = packed.stream(view)
             seen = packed.sees[stream.label]
             assert {packed.prefix().label, view.suffix.label, stream.label} < seen.keys()
-        visibility, bias = make_tables([packed.sees], 32, torch.device("cpu"))
-        assert visibility.any()
+        visibility, bias = tables = make_tables(32, torch.device("cpu"))
+        write_rules(tables, packed.sees)
+        assert visibility[stream.label].any()
         assert bias.isfinite().all()
 
 
@@ -128,20 +129,21 @@ def test_tables_of_a_view_of_all_segments(method):
     assert request.indices == EVERYONE
     assert request.biases == pytest.approx(biases)
     sees, queries, keys, sources = tables_of(request)
-    visibility, bias = make_tables([sees], 32, torch.device("cpu"))
+    visibility, bias = tables = make_tables(32, torch.device("cpu"))
+    write_rules(tables, sees)
     wanted = [[int(c) for c in line.split()[1:]] for line in drawing.strip().splitlines()[1:]]
     found = []
     for query in queries:
-        row = [int(visibility[0, query, key]) for key in keys]
+        row = [int(visibility[query, key]) for key in keys]
         if query in sources.values():  # it sees itself where it was encoded, not its copy
             own = keys.index(next(copy for copy, s in sources.items() if s == query))
-            row[own] = int(visibility[0, query, query])
+            row[own] = int(visibility[query, query])
         found.append(row)
     assert found == wanted
     for label in (queries[-2], queries[-1]):
         own = torch.zeros(len(keys))
         own[1:4] = torch.tensor(biases)
-        torch.testing.assert_close(bias[0, label, keys], own)
+        torch.testing.assert_close(bias[label, keys], own)
 
 
 SINGLES = tuple(single_view(i) for i in EVERYONE)
