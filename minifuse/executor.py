@@ -150,7 +150,8 @@ class Executor:
     """Owns params, compiled graphs and cache buffers; knows nothing of text or methods.
 
     graphs:     what is compiled so far, in order
-    recompiles: graphs compiled on any other occasion; 0 unless something is wrong
+    recompiles: graphs compiled on any other occasion: another state of torch (autocast, threads),
+                or something is wrong; 0 otherwise
     """
 
     def __init__(self, config: ModelConfig, params: Params, *, compile: bool):
@@ -277,10 +278,12 @@ class Executor:
         return list(torch.cat(outputs)[: sum(lengths)].split(lengths))
 
     def _run(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Tensor:
-        if self.is_compiled and graph not in self.graphs:
+        stale = graph in self._ready and not self._ready[graph].fits_state()
+        if self.is_compiled and (graph not in self.graphs or stale):
             nothing = Inputs(*map(torch.zeros_like, inputs))
             with stage(f"compile {graph.kind} {graph.tokens}"):
                 self._compile(graph, nothing, cache, context)
+            self.recompiles += stale
         before = count_compiled_graphs()
         step = self._ready.get(graph, self._steps[graph.kind])
         with stage(f"{graph.kind} {graph.tokens}"):
@@ -305,7 +308,10 @@ class Executor:
             else:
                 step(*args)
         is_stored = graph in self._ready and self._ready[graph].is_stored
-        self.graphs[graph] = GraphRecord(time.perf_counter() - start, is_stored)
+        seconds = time.perf_counter() - start
+        if graph in self.graphs:  # in another state of torch
+            seconds += self.graphs[graph].seconds
+        self.graphs[graph] = GraphRecord(seconds, is_stored)
 
 
 def _blocks_of(kind: str, size: Size) -> dict[int, int]:

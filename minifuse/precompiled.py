@@ -5,7 +5,8 @@ learn which of it fits; for a model of 30 layers that is most of a warm start. H
 compiled ahead of time for one set of shapes, and stored beside Inductor's own files under a name
 that hashes all it depends on. Like those it is unpickled, so the folder must be one's own.
 
-Such a step has no guards: its name stands for them, and `Step` checks the shapes at every call.
+Such a step has no guards: its name stands for them, and `Step` checks the shapes at every call, and
+on demand torch's own state, such as autocast and the number of threads, which is compiled in.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import GlobalStateGuard
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -36,6 +38,11 @@ class Step:
         self.is_stored = is_stored
         self._function = function
         self._shapes = _changing_shapes(args)
+        self._state = GlobalStateGuard()
+
+    def fits_state(self) -> bool:
+        """Whether torch's own state is still what this was compiled in."""
+        return self._state.check()
 
     def __call__(self, *args: object) -> Tensor:
         assert _changing_shapes(args) == self._shapes, "called with other shapes than compiled for"
@@ -116,7 +123,7 @@ def _fingerprint(name: str, args: Sequence) -> str:
         platform.python_version(),
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
-        torch.get_num_threads(),
+        GlobalStateGuard().__getstate__(),  # number of threads, autocast, default dtype, ...
         torch.is_inference_mode_enabled(),
         torch._inductor.config.get_hash(),
         hash_sources(),

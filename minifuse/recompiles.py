@@ -1,7 +1,7 @@
 """Why the compiler made another graph of a function: its own reasons, in one line each.
 
 Dynamo names the first thing in which the call at hand did not fit the youngest graph. Steps that
-are compiled ahead of time (`precompiled`) never recompile: there, this finds what others compile.
+are compiled ahead of time (`precompiled`) give no such reasons: here is what others compile.
 """
 
 import re

@@ -5,8 +5,9 @@ import torch
 from engine_cases import REQUEST, assert_same
 
 import minifuse
+from minifuse.cache import KVCache
 from minifuse.executor import GraphRecord
-from minifuse.precompiled import Step, paused_gc
+from minifuse.precompiled import Step, _fingerprint, paused_gc
 
 OPTIONS = {"methods": ["fused"], "max_new_tokens": 3}
 
@@ -45,6 +46,52 @@ def test_a_stored_step_gives_the_same_answers(tiny_llama_folder, cache):
     changed = fuser.generate(**REQUEST, **OPTIONS)
     with pytest.raises(AssertionError):
         assert_same(changed, eager)
+
+
+@pytest.mark.slow
+def test_what_autocast_made_is_for_autocast_alone(tiny_llama_folder, cache):
+    """Autocast is compiled in: neither this process nor a later one may take it for the plain."""
+    eager = minifuse.load(tiny_llama_folder, compile=False)
+    wanted = eager.generate(**REQUEST, **OPTIONS)
+    fuser = minifuse.load(tiny_llama_folder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fuser.generate(**REQUEST, **OPTIONS)
+    assert fuser.executor.recompiles == 0
+    number = len(fuser.executor.graphs)
+    fuser.forget_prefixes()
+    assert_same(fuser.generate(**REQUEST, **OPTIONS), wanted)
+    assert fuser.executor.recompiles == number
+    assert not any(record.is_stored for record in fuser.executor.graphs.values())
+
+    later = minifuse.load(tiny_llama_folder)
+    assert_same(later.generate(**REQUEST, **OPTIONS), wanted)
+    assert all(record.is_stored for record in later.executor.graphs.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode],
+    ids=["autocast", "inference"],
+)
+def test_a_step_is_named_after_the_state_of_torch(change):
+    args = (torch.zeros(2, 3), 1, "x")
+    plain = _fingerprint("step", args)
+    with change():
+        assert _fingerprint("step", args) != plain
+    assert _fingerprint("step", args) == plain
+
+
+def test_a_step_knows_the_state_it_was_made_in():
+    class Function:
+        def disable_guard_check(self):
+            pass
+
+    args = (None, None, 1, (), KVCache([torch.zeros(1)], []), ())
+    step = Step(Function(), args, is_stored=False)
+    assert step.fits_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not step.fits_state()
+    assert step.fits_state()
 
 
 def test_a_step_refuses_other_shapes():
