@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from minifuse.cache import KVCache, allocate_cache, move_keys
 from minifuse.config import ModelConfig
@@ -33,10 +34,11 @@ PREFILL_BLOCK = 32
 # keys, and read them together; those of many requests do not.
 DECODE_BLOCKS = {1: 1, 8: 8, 32: 32}
 SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
-# What a call costs beside its tokens, in tokens; and the cost of a call of one token, which reads
-# weights faster than any other.
-CALL_COST = 14
-SINGLE_COST = 6
+# What a call costs beside its tokens, and what a place that none of them takes, in tokens; and the
+# cost of a call of one token, which reads weights faster than any other.
+CALL_COST = 20
+PADDING_COST = 0.3
+SINGLE_COST = 7
 # Up to so many tokens go through the decode graph: one graph less to compile.
 MAX_DECODE_TOKENS = 128
 # Inductor inlines a norm into the matrix product behind it, and computes it anew for every output
@@ -72,13 +74,14 @@ class Copy(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tokens of one call."""
+    """The tokens of one call, padding last."""
 
     token_ids: Tensor  # i64[T]
     positions: Tensor  # i64[T]
     slots: Tensor  # i64[T]
     labels: Tensor  # i32[T]
     inv_freq: Tensor  # f32[T, D/2]
+    live: Tensor | None  # i64[] on the CPU, how many are no padding; None on other devices
 
 
 class Context(NamedTuple):
@@ -122,7 +125,7 @@ def prefill_step(
     context: Context,
 ) -> Tensor:
     """Hidden states float[T, C] of many tokens; `cache` is changed in place."""
-    token_ids, positions, slots, query_labels, inv_freq = inputs
+    token_ids, positions, slots, query_labels, inv_freq, live = inputs
     key_labels, key_positions, tables = context
     labels = Labels(query_labels, slots, positions, key_labels, key_positions)
     num_sliding = len(config.sliding_layers)
@@ -131,7 +134,7 @@ def prefill_step(
         sliding=make_mask(labels, tables, block, config.sliding_window) if num_sliding else None,
     )
     rows = (part[None] for part in (token_ids, positions, slots, inv_freq))
-    return forward(params, config, *rows, cache, masks)[0]
+    return forward(params, config, *rows, cache, masks, live)[0]
 
 
 def decode_step(
@@ -143,7 +146,8 @@ def decode_step(
     context: Context,
 ) -> Tensor:
     """Logits f32[T, V] of a few tokens; `cache` is changed in place."""
-    return unembed(params, prefill_step(params, config, block, inputs, cache, context)[None])[0]
+    hidden = prefill_step(params, config, block, inputs, cache, context)
+    return unembed(params, hidden[None], inputs.live)[0]
 
 
 class Executor:
@@ -266,21 +270,23 @@ class Executor:
         filled += [PADDING] * padding
         columns = torch.tensor(filled, device=self.device).unbind(-1)
         token_ids, positions, slots, labels = (column.contiguous() for column in columns)
-        inputs = Inputs(token_ids, positions, slots, labels.int(), _each_inv_freq(groups, padding))
-        pool.key_labels[slots] = inputs.labels
+        parts = (token_ids, positions, slots, labels.int(), _each_inv_freq(groups, padding))
+        pool.key_labels[slots] = parts[3]
         pool.key_positions[slots] = positions
         context = Context(pool.key_labels, pool.key_positions, pool.tables)
-        outputs = []
-        for chunk in zip(*(part.split(list(sizes)) for part in inputs), strict=True):
-            size = chunk[0].shape[0]
+        outputs, left = [], sum(lengths)
+        for size, *chunk in zip(sizes, *(part.split(list(sizes)) for part in parts), strict=True):
+            # Elsewhere it would have to be read back, and rows cost little.
+            live = torch.tensor(min(size, left)) if self.device.type == "cpu" else None
             graph = Graph(kind, size, blocks[size], pool.size)
-            outputs.append(self._run(graph, Inputs(*chunk), pool.cache, context))
+            outputs.append(self._run(graph, Inputs(*chunk, live), pool.cache, context))
+            left -= size
         return list(torch.cat(outputs)[: sum(lengths)].split(lengths))
 
     def _run(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Tensor:
         stale = graph in self._ready and not self._ready[graph].fits_state()
         if self.is_compiled and (graph not in self.graphs or stale):
-            nothing = Inputs(*map(torch.zeros_like, inputs))
+            nothing = tree_map(torch.zeros_like, inputs)
             with stage(f"compile {graph.kind} {graph.tokens}"):
                 self._compile(graph, nothing, cache, context)
             self.recompiles += stale
@@ -376,8 +382,10 @@ def plan_calls(length: int, graph_sizes: tuple[int, ...]) -> tuple[int, ...]:
         whole = length // largest - 1
         return (largest,) * whole + plan_calls(length - whole * largest, graph_sizes)
     plans = [(size, *plan_calls(length - size, graph_sizes)) for size in reversed(graph_sizes)]
-    return min(plans, key=lambda plan: sum(map(_cost_of_call, plan)))
+    return min(plans, key=lambda plan: _cost_of_calls(plan, length))
 
 
-def _cost_of_call(num_tokens: int) -> int:
-    return SINGLE_COST if num_tokens == 1 else CALL_COST + num_tokens
+def _cost_of_calls(sizes: Sequence[int], length: int) -> float:
+    """What the calls take, in tokens; all but the last are full."""
+    costs = [SINGLE_COST if size == 1 else CALL_COST + size for size in sizes]
+    return sum(costs) - (1 - PADDING_COST) * (sum(sizes) - length)

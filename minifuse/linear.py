@@ -4,6 +4,9 @@ Which way a product takes depends on the number of rows M, and on what the CPU c
 bound by reading the weight, many by multiplying. The numbers behind each choice are in
 docs/quantized.md; all ways give the same result but for rounding.
 
+A graph has a fixed number of rows, and a call fills the first of them. Where the time goes by rows,
+only those are multiplied: their number is a value in a tensor, so that no other one recompiles.
+
 Letters: M rows of x, R rows of a weight whose nibbles are interleaved.
 """
 
@@ -24,6 +27,8 @@ HAS_BF16_PRODUCTS = (
 REDUCTION_ROWS = 2
 # From so many rows on bfloat16 is widened, where it has to be.
 WIDENED_ROWS = 16
+# Up to so many rows a bfloat16 product takes no longer than one of fewer: reading the weight does.
+READING_ROWS = 8
 # Up to so many rows the kernels that multiply packed weights are faster than to dequantize the
 # weight first; their time grows with every row.
 INT4_KERNEL_ROWS = 64
@@ -47,22 +52,26 @@ class PackedWeight(NamedTuple):
 Weight = Tensor | PackedWeight
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, live: Tensor | None = None
+) -> Tensor:
     """x @ weight.T + bias.
 
     x: float[..., in], weight: [out, in], bias: float[out] -> float[..., out], in x's dtype
+    live: i64[] on the CPU, how many of the leading rows are wanted; the others come out as any
+          finite numbers. None for all
 
     Sums are taken in f32. An int4 weight wants bfloat16, an int8 one the dtype of its scales.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, PackedWeight):
-        y = _packed_product(rows, weight)
+        y = _packed_product(rows, weight, live)
         y = y if bias is None else y + bias
     elif _is_reduction(rows):
         y = (rows[:, None].float() * weight.float()).sum(-1)
         y = (y if bias is None else y + bias.float()).to(x.dtype)
     else:
-        y = _product(rows, weight, bias)
+        y = _product(rows, weight, bias, live)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -79,7 +88,7 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     if not isinstance(weight, PackedWeight):
         return weight.to(dtype)
     if weight.values.dtype == torch.uint8:
-        return _join_halves(_int4_halves(weight, dtype), weight).t()
+        return _join_halves(_int4_halves(weight, dtype), weight)
     return weight.values.to(dtype) * weight.scales.to(dtype)[:, None]
 
 
@@ -93,63 +102,122 @@ def _product_dtype(rows: Tensor) -> torch.dtype:
     return torch.float32 if is_slow and rows.shape[0] >= WIDENED_ROWS else rows.dtype
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None = None
+) -> Tensor:
     dtype = _product_dtype(rows)
-    bias = None if bias is None else bias.to(dtype)
-    return F.linear(rows.to(dtype), weight.to(dtype), bias).to(rows.dtype)
+    x, weight = rows.to(dtype), weight.to(dtype)
+    if live is None or (dtype == torch.bfloat16 and rows.shape[0] <= READING_ROWS):
+        y = F.linear(x, weight, None if bias is None else bias.to(dtype))
+    else:
+        y = torch.ops.minifuse.live_linear(x, weight, live)
+        y = y if bias is None else y + bias.to(dtype)
+    return y.to(rows.dtype)
 
 
-def _packed_product(rows: Tensor, weight: PackedWeight) -> Tensor:
+def _packed_product(rows: Tensor, weight: PackedWeight, live: Tensor | None) -> Tensor:
     dtype = _product_dtype(rows)
     if weight.values.dtype == torch.uint8:
         if rows.shape[0] <= INT4_KERNEL_ROWS:
-            return torch.ops.minifuse.int4_linear(rows, *weight)
-        x = rows.to(dtype)
-        products = [x @ half for half in _int4_halves(weight, dtype)]
-        return _join_halves(products, weight).to(rows.dtype)
+            packed = weight.values.view(weight.scales.shape[1], -1)
+            live = None if rows.shape[0] == 1 else live
+            return torch.ops.minifuse.int4_linear(rows.contiguous(), packed, weight.scales, live)
+        products = [_product(rows, half, None, live) for half in _int4_halves(weight, dtype)]
+        return _join_halves([product.t() for product in products], weight).t()
     # In float32 the kernel takes one number at a time.
     if rows.shape[0] <= INT8_KERNEL_ROWS and rows.dtype == torch.bfloat16:
         return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), *weight)
-    return _product(rows, dequantize(weight, dtype), None)
+    return _product(rows, dequantize(weight, dtype), None, live)
 
 
 def _int4_halves(weight: PackedWeight, dtype: torch.dtype) -> list[Tensor]:
-    """The transposed weight of the rows in low nibbles, and that of those in high ones.
+    """The rows of the weight that lie in low nibbles, and those that lie in high ones.
 
     Apart, because Inductor makes vector code for each, and none for one joined matrix.
 
-    returns: two of dtype[in, out/2]
+    returns: two of dtype[out/2, in]
     """
-    values, scales = weight
+    values, _ = weight
     blocks, width, half_rows = values.shape
-    grouped = scales.view(-1, 1, blocks, 2, half_rows, 2).to(dtype)
+    scales, zeros = torch.ops.minifuse.split_scales(weight.scales, half_rows)
     halves = []
-    for half, nibbles in enumerate((values & 15, values >> 4)):
-        columns = nibbles.to(dtype).permute(1, 0, 2).reshape(-1, QUANTIZE_GROUP, blocks, half_rows)
-        scale, zero = grouped[:, :, :, half].unbind(-1)
-        halves.append(((columns - 8) * scale + zero).reshape(width, -1))
+    # A shift of integers would not become vector code.
+    for half, nibbles in enumerate(((values & 15).float(), torch.floor(values.float() / 16))):
+        rows = (nibbles - 8).to(dtype).transpose(1, 2).contiguous()
+        grouped = rows.view(blocks, half_rows, -1, QUANTIZE_GROUP)
+        scale, zero = (part[:, half, ..., None].to(dtype) for part in (scales, zeros))
+        halves.append((grouped * scale + zero).view(-1, width))
     return halves
 
 
 def _join_halves(halves: list[Tensor], weight: PackedWeight) -> Tensor:
-    """Columns of both halves in the order of the weight's rows: [M, out/2] twice -> [M, out]."""
+    """Rows of both halves in the order of the weight's: [out/2, M] twice -> [out, M]."""
     half_rows = weight.values.shape[2]
-    return torch.stack([half.unflatten(1, (-1, half_rows)) for half in halves], dim=2).flatten(1)
+    parts = [half.unflatten(0, (-1, half_rows)) for half in halves]
+    return torch.stack(parts, dim=1).flatten(0, 2)
 
 
-# An op of our own: torch 2.13 cannot trace the int4 kernel inside of a `nested_compile_region`.
+# Ops of our own: what a compiler cannot look into may read how many rows there are. And torch 2.13
+# cannot trace the int4 kernel inside of a `nested_compile_region`.
 
 _LIBRARY = torch.library.Library("minifuse", "DEF")
-_LIBRARY.define("int4_linear(Tensor x, Tensor values, Tensor scales) -> Tensor")
+_LIBRARY.define("live_linear(Tensor x, Tensor weight, Tensor live) -> Tensor")
+_LIBRARY.define("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? live) -> Tensor")
+_LIBRARY.define("split_scales(Tensor scales, int half_rows) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_LIBRARY, "live_linear", "CPU")
+def _live_linear(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
+    """float[M, in], float[out, in] -> float[M, out], zeros from row `live` on."""
+    wanted = x[: int(live)]
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # oneDNN; a plain product is MKL's, which takes up to twice the time on AMD's processors.
+        y = torch.ops.mkldnn._linear_pointwise(wanted, weight, None, "none", [], "")
+    else:
+        y = F.linear(wanted, weight)
+    return _pad_rows(y, x.shape[0])
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    count = x.shape[0]
+    if count == rows:
+        return x
+    padded = x.new_empty(rows, x.shape[1])
+    padded[:count] = x
+    padded[count:] = 0
+    return padded
 
 
 @torch.library.impl(_LIBRARY, "int4_linear", "CPU")
-def _int4_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """bf16[M, in], an int4 `PackedWeight` -> bf16[M, out]."""
-    x, packed = x.contiguous(), values.view(scales.shape[1], -1)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, QUANTIZE_GROUP, scales)
+def _int4_linear(x: Tensor, packed: Tensor, scales: Tensor, live: Tensor | None) -> Tensor:
+    """bf16[M, in], values as u8[out, in/2], and scales of an int4 `PackedWeight`
+    -> bf16[M, out], zeros from row `live` on."""
+    wanted = x if live is None else x[: int(live)]
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(wanted, packed, QUANTIZE_GROUP, scales)
+    return _pad_rows(y, x.shape[0])
+
+
+@torch.library.impl(_LIBRARY, "split_scales", "CPU")
+def _split_scales(scales: Tensor, half_rows: int) -> tuple[Tensor, Tensor]:
+    """Scales bf16[in/32, out, 2] of an int4 `PackedWeight` -> scales and zeros of its halves,
+    bf16[out/R, 2, R/2, in/32] each; a buffer of their own, since Inductor would read pairs for
+    every weight anew, one number at a time."""
+    parts = scales.view(scales.shape[0], -1, 2, half_rows, 2).permute(4, 1, 2, 3, 0).contiguous()
+    return parts[0], parts[1].clone()
+
+
+@torch.library.register_fake("minifuse::live_linear", lib=_LIBRARY)
+def _live_shape(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("minifuse::int4_linear", lib=_LIBRARY)
-def _int4_shape(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+def _int4_shape(x: Tensor, packed: Tensor, scales: Tensor, live: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], scales.shape[1])
+
+
+@torch.library.register_fake("minifuse::split_scales", lib=_LIBRARY)
+def _split_shapes(scales: Tensor, half_rows: int) -> tuple[Tensor, Tensor]:
+    groups, rows, _ = scales.shape
+    shape = (rows // (2 * half_rows), 2, half_rows, groups)
+    return scales.new_empty(shape), scales.new_empty(shape)

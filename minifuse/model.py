@@ -186,6 +186,7 @@ def attention_block(
     slots: Tensor,
     rotation: Rotation,
     mask: AttentionMask,
+    live: Tensor | None,
     eps: float,
     scale: float,
 ) -> Tensor:
@@ -195,7 +196,7 @@ def attention_block(
     """
     B, T, _ = x.shape
     K, D = keys.shape[1], keys.shape[3]
-    qkv = linear(x, layer.wqkv, layer.bqkv).view(B, T, -1, D)
+    qkv = linear(x, layer.wqkv, layer.bqkv, live).view(B, T, -1, D)
     q, k, v = qkv.split((qkv.shape[2] - 2 * K, K, K), dim=2)
     if layer.q_norm is not None:
         q = rms_norm(q, layer.q_norm, eps)
@@ -208,13 +209,13 @@ def attention_block(
     write_cache(keys, slots, k)
     write_cache(values, slots, v.transpose(1, 2))
     attended = unfold_queries(attend(q, keys, values, mask, scale), T).to(x.dtype)
-    return linear(attended, layer.wo, layer.bo)
+    return linear(attended, layer.wo, layer.bo, live)
 
 
-def mlp_block(x: Tensor, layer: LayerParams) -> Tensor:
+def mlp_block(x: Tensor, layer: LayerParams, live: Tensor | None) -> Tensor:
     """Gated SiLU: down(silu(gate(x)) * up(x))."""
-    gate, up = linear(x, layer.w_gate_up, layer.b_gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up, layer.w_down, layer.b_down)
+    gate, up = linear(x, layer.w_gate_up, layer.b_gate_up, live).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, layer.w_down, layer.b_down, live)
 
 
 def flatten_layer(layer: LayerParams) -> list[Tensor | None]:
@@ -248,6 +249,7 @@ def decoder_layer(
     values: Tensor,
     slots: Tensor,
     bias: Tensor,
+    live: Tensor | None,
     *parts: Tensor | None,
 ) -> Tensor:
     """One layer; a region that the compiler traces once however many layers there are.
@@ -261,8 +263,8 @@ def decoder_layer(
     layer = unflatten_layer(fields)
     mask = AttentionMask(bias, blocks)
     normed = rms_norm(x, layer.attn_norm, eps)
-    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, eps, scale)
-    return x + mlp_block(rms_norm(x, layer.mlp_norm, eps), layer)
+    x = x + attention_block(normed, layer, keys, values, slots, rotation, mask, live, eps, scale)
+    return x + mlp_block(rms_norm(x, layer.mlp_norm, eps), layer, live)
 
 
 def forward(
@@ -274,11 +276,14 @@ def forward(
     inv_freq: Tensor,
     cache: KVCache,
     masks: LayerMasks,
+    live: Tensor | None = None,
 ) -> Tensor:
     """Run new tokens through all layers; their keys and values are written into `cache`.
 
     tokens, positions, slots: i64[B, T]
     inv_freq: f32[B, T, D/2], or what broadcasts to it
+    live:     i64[] on the CPU, how many of the leading tokens (of a single row) are wanted; None
+              for all
     returns:  float[B, T, C], normed hidden states; `unembed` turns those asked for into logits
     """
     x = embed(tokens, params.embed)
@@ -288,13 +293,15 @@ def forward(
     for index, (layer, keys, values) in enumerate(layers):
         bias, blocks = masks.sliding if index in config.sliding_layers else masks.full
         parts = flatten_layer(layer)
-        x = decoder_layer(eps, scale, x, keys, values, slots, bias, *rotation, *blocks, *parts)
+        x = decoder_layer(
+            eps, scale, x, keys, values, slots, bias, live, *rotation, *blocks, *parts
+        )
     return rms_norm(x, params.final_norm, eps)
 
 
-def unembed(params: Params, hidden: Tensor) -> Tensor:
-    """Logits of hidden states: float[B, T, C] -> f32[B, T, V]."""
-    return linear(hidden, params.lm_head).float()
+def unembed(params: Params, hidden: Tensor, live: Tensor | None = None) -> Tensor:
+    """Logits of hidden states: float[B, T, C] -> f32[B, T, V]; `live` as in `forward`."""
+    return linear(hidden, params.lm_head, live=live).float()
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from torch import Tensor
 from minifuse.linear import (
     INT4_KERNEL_ROWS,
     INT8_KERNEL_ROWS,
+    READING_ROWS,
     WIDENED_ROWS,
     PackedWeight,
     dequantize,
@@ -84,6 +85,33 @@ def test_compiled(kind, dtype, count, monkeypatch):
     assert (y.dtype, y.shape) == (dtype, (1, count, len(exact)))
     limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
     check_product(y, x, exact, bias, is_rounded=kind != "float" and count > limit)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("count", [READING_ROWS, WIDENED_ROWS + 4, INT4_KERNEL_ROWS + 8])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("float", BF16), ("float", F32), ("int8", BF16), ("int4", BF16)]
+)
+def test_live_rows_alone(kind, dtype, count, is_compiled):
+    """Padding holds what would spoil any product that took it in."""
+    weight, exact = make_weight(kind, dtype=dtype)
+    bias = torch.randn(len(exact)).to(dtype)
+    run = linear
+    if is_compiled:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run = torch.compile(linear, fullgraph=True, dynamic=False)
+    for live in (1, count - 3, count):
+        x = torch.randn(1, count, WIDTH).to(dtype)
+        x[:, live:] = 1e30
+        y = run(x, weight, bias, torch.tensor(live))
+        assert y.shape == (1, count, len(exact))
+        limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
+        is_rounded = kind != "float" and count > limit
+        check_product(y[:, :live], x[:, :live], exact, bias, is_rounded)
+        assert y.isfinite().all()
+    if is_compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
