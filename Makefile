@@ -26,7 +26,7 @@ test:
 	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test]'
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
-	.venv-test/bin/python -m pytest
+	.venv-test/bin/python -m pytest --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv .venv-test

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from minifuse.config import QUANTIZE_GROUP
 
-# Whether the CPU's library has instructions for bfloat16 (AVX-512, mostly). Without them it
-# multiplies float32 several times as fast, which is worth to widen bfloat16 for.
-HAS_BF16_PRODUCTS = (
-    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
+# Whether torch has oneDNN, and whether that finds instructions for bfloat16 (AVX-512, mostly).
+# Without them it multiplies float32 several times as fast, which is worth to widen bfloat16 for.
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_BF16_PRODUCTS = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Up to so many rows Inductor's reduction reads a float weight no slower than the library does.
 REDUCTION_ROWS = 2
 # From so many rows on bfloat16 is widened, where it has to be.
@@ -170,7 +169,7 @@ _LIBRARY.define("split_scales(Tensor scales, int half_rows) -> (Tensor, Tensor)"
 def _live_linear(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
     """float[M, in], float[out, in] -> float[M, out], zeros from row `live` on."""
     wanted = x[: int(live)]
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if x.dtype == torch.float32 and HAS_ONEDNN:
         # oneDNN; a plain product is MKL's, which takes up to twice the time on AMD's processors.
         y = torch.ops.mkldnn._linear_pointwise(wanted, weight, None, "none", [], "")
     else:

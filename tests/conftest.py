@@ -5,6 +5,11 @@ from pathlib import Path
 
 # No test asks the real hub; those of the hub start processes with settings of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests that run at the same time share the cores: two that each take all of them would spend most
+# of their time in waiting for each other's threads.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 
 import pytest
 import torch
