@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from minifuse.config import ModelConfig
 from minifuse.rope import apply_rope, make_cos_sin
@@ -41,6 +42,18 @@ def allocate_cache(
         keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in layers),
         values=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in layers),
     )
+
+
+def mark_static(value: object) -> None:
+    """Promise CUDA graphs that the tensors in `value` stay where they are; nothing on a CPU.
+
+    A graph copies all other inputs into memory of its own before each run: weights would be read
+    twice, and keys written into the copy would be lost. Where a tensor has moved all the same, the
+    graph is recorded anew.
+    """
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.is_cuda:
+            torch._dynamo.mark_static_address(leaf, guard=False)
 
 
 def write_cache(cache: Tensor, slots: Tensor, new_BKTD: Tensor) -> None:

@@ -23,7 +23,7 @@ from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import Executor
 from minifuse.layout import PackedPrompt, Part, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
-from minifuse.methods import SPECS, FusionMethod, SegmentWeights, Weighting, parse_methods
+from minifuse.methods import SPECS, Answer, FusionMethod, SegmentWeights, Weighting, parse_methods
 from minifuse.pool import (
     LABEL_COUNTS,
     MIN_SLOTS,
@@ -438,9 +438,14 @@ class Fuser:
         """Run the prompts of new jobs, score what is to be scored; each answer's first token."""
         prefill(self.executor, pool, list(jobs.values()))
         score_targets(self.executor, pool, list(jobs.values()))
-        for job in jobs.values():
+        answers = []
+        for index, job in jobs.items():
             self._start_answers(job)
-        return {index: self._first_tokens(job) for index, job in jobs.items()}
+            for state in job.states.values():
+                logits = torch.stack([job.view_logits[view.suffix] for view in state.views])
+                answers.append((index, job, state, logits))
+            job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
+        return _extend(answers)
 
     def _start_answers(self, job: Job) -> None:
         config = job.plan.generation
@@ -448,9 +453,8 @@ class Fuser:
             views = tuple(map(job.view, answer.views))
             generator = None
             if config.temperature > 0:
-                generator = make_generator(
-                    config.seed, job.prompt, str(answer.method), answer.index
-                )
+                identity = (job.prompt, str(answer.method), answer.index)
+                generator = make_generator(config.seed, *identity, device=self.executor.device)
             job.states[answer] = AnswerState(
                 answer=answer,
                 views=views,
@@ -462,15 +466,14 @@ class Fuser:
                     config.max_new_tokens,
                 ),
                 generator=generator,
+                weights=self._upload_weights(answer),
             )
 
-    def _first_tokens(self, job: Job) -> list[StreamEvent]:
-        events = []
-        for state in job.states.values():
-            logits = torch.stack([job.view_logits[view.suffix] for view in state.views])
-            events += _extend(job, state, logits)
-        job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
-        return events
+    def _upload_weights(self, answer: Answer) -> Tensor | None:
+        """Once per answer: on a GPU every upload of a step would cost a wait."""
+        if answer.weights is None:
+            return None
+        return torch.tensor(answer.weights, dtype=torch.float32, device=self.executor.device)
 
     @stage("step")
     def _step(self, pool: Pool, jobs: Mapping[int, Job]) -> dict[int, list[StreamEvent]]:
@@ -484,10 +487,13 @@ class Fuser:
         logits = self.executor.decode(
             pool, [(lease, tokens) for lease, (tokens, _) in zip(leases, steps, strict=True)]
         )
-        return {
-            index: [event for state in job.live for event in _extend(job, state, own[state.rows])]
-            for (index, job), own in zip(jobs.items(), logits, strict=True)
-        }
+        return _extend(
+            [
+                (index, job, state, torch.stack([own[row] for row in state.rows]))
+                for (index, job), own in zip(jobs.items(), logits, strict=True)
+                for state in job.live
+            ]
+        )
 
     # Results
 
@@ -537,7 +543,10 @@ class Fuser:
 
 
 class _Clock:
-    """Milliseconds between laps, less the time spent in compiling."""
+    """Milliseconds between laps, less the time spent in compiling.
+
+    A lap ends with tokens that were read from the device, and so with all that made them.
+    """
 
     def __init__(self, executor: Executor):
         self._executor = executor
@@ -545,23 +554,36 @@ class _Clock:
         self._compile_s = executor.compile_s
 
     def lap_ms(self) -> float:
-        if self._executor.device.type == "cuda":
-            torch.cuda.synchronize(self._executor.device)
         now, compile_s = time.perf_counter(), self._executor.compile_s
         elapsed = (now - self._start) - (compile_s - self._compile_s)
         self._start, self._compile_s = now, compile_s
         return 1000 * elapsed
 
 
-def _extend(job: Job, state: AnswerState, logits: Tensor) -> list[StreamEvent]:
-    """Reduce the streams' logits f32[R, V], pick a token, and tell every method that reads it.
+def _extend(
+    answers: Sequence[tuple[int, Job, AnswerState, Tensor]],
+) -> dict[int, list[StreamEvent]]:
+    """Pick each answer's next token, and tell every method that reads it.
 
-    raises: MinifuseError where the scores are not finite.
+    answers: a job's index, the job, one of its answers, and its streams' logits f32[R, V]
+    returns: by the job's index
+    raises:  MinifuseError where the scores are not finite
     """
+    picked, scores = [], []
+    for _, job, state, logits in answers:
+        logprobs = reduce_logits(logits, state.answer.reduction, state.weights)
+        picked.append(pick_token(logprobs, job.plan.generation, state.generator))
+        scores.append(logprobs.gather(0, picked[-1]))
+    # All at once: whoever reads from a GPU waits for everything that it was asked before.
+    numbers = torch.stack([torch.cat(picked).double(), torch.cat(scores).double()], dim=1).tolist()
+    events: dict[int, list[StreamEvent]] = {}
+    for (index, job, state, _), (token_id, logprob) in zip(answers, numbers, strict=True):
+        events.setdefault(index, []).extend(_push(job, state, int(token_id), logprob))
+    return events
+
+
+def _push(job: Job, state: AnswerState, token_id: int, logprob: float) -> list[StreamEvent]:
     answer, builder = state.answer, state.builder
-    logprobs = reduce_logits(logits, answer.reduction, answer.weights)
-    token_id = pick_token(logprobs, job.plan.generation, state.generator)
-    logprob = float(logprobs[token_id])
     if not -torch.inf < logprob < torch.inf:
         raise MinifuseError(
             f"{answer.method}: the model's scores are not finite; its weights may be damaged, or "

@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from minifuse.cache import KVCache, allocate_cache, move_keys
+from minifuse.cache import KVCache, allocate_cache, mark_static, move_keys
 from minifuse.config import ModelConfig
 from minifuse.linear import HAS_BF16_PRODUCTS
 from minifuse.masks import Labels, Tables, make_mask
-from minifuse.model import LayerMasks, Params, forward, unembed
-from minifuse.pool import Lease, Pool, Size
+from minifuse.model import LayerMasks, Params, forward, query_block_tokens, unembed
+from minifuse.pool import Buffers, Lease, Pool, Size
 from minifuse.precompiled import Step, precompile
 from minifuse.rope import make_inv_freq
 from minifuse.stages import stage
@@ -50,6 +49,15 @@ CPU_OPTIONS = {
     "size_asserts": False,
     "epilogue_fusion": False,
 }
+# What mode="reduce-overhead" stands for: a call replays one recorded CUDA graph. Where that cannot
+# be, for a tensor on the CPU, say, it is an error and not a slow step.
+CUDA_OPTIONS = {
+    "triton.cudagraphs": True,
+    "triton.cudagraph_or_error": True,
+    "graph_partition": False,
+}
+# Calls until a CUDA graph is recorded: the first one compiles, and runs without it.
+RECORDING_CALLS = 2
 
 
 class Token(NamedTuple):
@@ -165,12 +173,13 @@ class Executor:
         self.recompiles = 0
         self._steps = {"prefill": prefill_step, "decode": decode_step}
         if compile:
+            mark_static(params)
             self._steps = {
                 kind: _compile(step, params.final_norm.device) for kind, step in self._steps.items()
             }
         self.graphs: dict[Graph, GraphRecord] = {}
         self._ready: dict[Graph, Step] = {}
-        self._free_caches: list[KVCache] = []
+        self._free_buffers: list[Buffers] = []
 
     @property
     def device(self) -> torch.device:
@@ -194,22 +203,23 @@ class Executor:
     @contextmanager
     def pool(self, size: Size) -> Iterator[Pool]:
         """Slots and tables for requests; the cache goes back to be used again."""
-        pool = Pool(size, self._take_cache(size.slots))
+        pool = Pool(size, self._take_buffers(size.slots))
         try:
             yield pool
         finally:
             # The most recent two are kept: that of a batch, and that of single requests.
-            self._free_caches = [pool.cache, *self._free_caches][:2]
+            self._free_buffers = [pool.buffers, *self._free_buffers][:2]
 
     @torch.inference_mode()
-    def _take_cache(self, slots: int) -> KVCache:
-        for i, cache in enumerate(self._free_caches):
-            if cache.num_slots == slots:
-                return self._free_caches.pop(i)
-        del self._free_caches[1:]
-        return allocate_cache(
+    def _take_buffers(self, slots: int) -> Buffers:
+        for i, buffers in enumerate(self._free_buffers):
+            if buffers.cache.num_slots == slots:
+                return self._free_buffers.pop(i)
+        del self._free_buffers[1:]
+        cache = allocate_cache(
             self.config, rows=1, slots=slots, dtype=self.cache_dtype, device=self.device
         )
+        return Buffers(cache)
 
     def make_inv_freq(self, rope_length: int | None) -> Tensor:
         """f32[D/2] on the device; see `rope.make_inv_freq`."""
@@ -259,7 +269,7 @@ class Executor:
     def _run_chunks(self, kind: str, pool: Pool, groups: TokenGroups) -> list[Tensor]:
         """Run all groups one behind the other, in calls of compiled sizes."""
         lengths = [len(tokens) for _, tokens in groups]
-        blocks = _blocks_of(kind, pool.size)
+        blocks = self._blocks_of(kind, pool.size)
         sizes = plan_calls(sum(lengths), tuple(blocks))
         padding = sum(sizes) - sum(lengths)
         filled = [
@@ -268,7 +278,7 @@ class Executor:
             for token_id, position, slot, label in tokens
         ]
         filled += [PADDING] * padding
-        columns = torch.tensor(filled, device=self.device).unbind(-1)
+        columns = _upload(filled, self.device).unbind(-1)
         token_ids, positions, slots, labels = (column.contiguous() for column in columns)
         parts = (token_ids, positions, slots, labels.int(), _each_inv_freq(groups, padding))
         pool.key_labels[slots] = parts[3]
@@ -283,10 +293,20 @@ class Executor:
             left -= size
         return list(torch.cat(outputs)[: sum(lengths)].split(lengths))
 
+    def _blocks_of(self, kind: str, size: Size) -> dict[int, int]:
+        """Compiled sizes, and for each the tokens that share their blocks."""
+        wanted = SHARED_DECODE_BLOCKS if size.is_shared else DECODE_BLOCKS
+        if kind == "prefill":
+            wanted = dict.fromkeys(PREFILL_SIZES, PREFILL_BLOCK)
+        return {
+            tokens: query_block_tokens(tokens, block, self.config.group_size, self.device)
+            for tokens, block in wanted.items()
+        }
+
     def _run(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Tensor:
         stale = graph in self._ready and not self._ready[graph].fits_state()
         if self.is_compiled and (graph not in self.graphs or stale):
-            nothing = tree_map(torch.zeros_like, inputs)
+            nothing = Inputs(*(None if part is None else torch.zeros_like(part) for part in inputs))
             with stage(f"compile {graph.kind} {graph.tokens}"):
                 self._compile(graph, nothing, cache, context)
             self.recompiles += stale
@@ -312,7 +332,8 @@ class Executor:
             if self.device.type == "cpu":
                 self._ready[graph] = precompile(step, graph.kind, args)
             else:
-                step(*args)
+                for _ in range(RECORDING_CALLS):
+                    step(*args)
         is_stored = graph in self._ready and self._ready[graph].is_stored
         seconds = time.perf_counter() - start
         if graph in self.graphs:  # in another state of torch
@@ -320,11 +341,10 @@ class Executor:
         self.graphs[graph] = GraphRecord(seconds, is_stored)
 
 
-def _blocks_of(kind: str, size: Size) -> dict[int, int]:
-    """Compiled sizes, and for each the tokens that share their blocks."""
-    if kind == "prefill":
-        return dict.fromkeys(PREFILL_SIZES, PREFILL_BLOCK)
-    return SHARED_DECODE_BLOCKS if size.is_shared else DECODE_BLOCKS
+def _upload(rows: Sequence, device: torch.device) -> Tensor:
+    """A tensor of Python numbers on a device, without waiting for what a GPU is busy with."""
+    pinned = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 def _each_inv_freq(groups: Sequence[tuple[Lease, Sequence]], padding: int) -> Tensor:
@@ -346,11 +366,27 @@ def _compile(step: Callable, device: torch.device) -> Callable:
     models must not find each other's.
     """
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
-    options = {"guard_filter_fn": _keep_guards}
-    if device.type == "cpu":
-        # Compiled ahead of time (`precompiled`): a step's name on disk stands for its guards.
-        options = {"guard_filter_fn": lambda entries: [False] * len(entries)} | CPU_OPTIONS
+    if device.type == "cuda":
+        options = {"guard_filter_fn": _keep_guards} | CUDA_OPTIONS
+        return _replayed(torch.compile(own, fullgraph=True, dynamic=False, options=options))
+    # Compiled ahead of time (`precompiled`): a step's name on disk stands for its guards.
+    options = {"guard_filter_fn": lambda entries: [False] * len(entries)} | CPU_OPTIONS
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def _replayed(compiled: Callable) -> Callable:
+    """A compiled step on CUDA, whose output stays as it is when others run.
+
+    Every call begins a new round of CUDA graphs. Otherwise one that follows another would be taken
+    for its continuation, and recorded once for each graph that it ever follows.
+    """
+
+    def run(*args: object) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        # All graphs share their memory: the next to run overwrites this one's output.
+        return compiled(*args).clone()
+
+    return run
 
 
 def _keep_guards(entries: Sequence) -> list[bool]:

@@ -51,6 +51,12 @@ def make_tables(num_labels: int, device: torch.device) -> Tables:
     return Tables(visibility, torch.zeros(num_labels, num_labels, device=device))
 
 
+def clear_tables(tables: Tables) -> None:
+    """Tables as `make_tables` gives them, in place; the bias of what nobody sees may be any."""
+    tables.visibility.zero_()
+    tables.visibility[0, 0] = True
+
+
 def write_rules(tables: Tables, rules: Mapping[int, Rule]) -> None:
     """Say anew what some query labels see; the tables are changed in place."""
     device = tables.bias.device
@@ -88,8 +94,9 @@ def make_mask(
     visited = visible.any(dim=3).any(dim=1)
     full = visible.all(dim=3).all(dim=1)
     if bias.is_cuda:
-        # Triton's decode kernel splits its work over the partial blocks alone.
-        full = torch.zeros_like(full)
+        # Triton's decode kernel splits its work evenly over the partial blocks only where there is
+        # no list of full ones; without it, it splits the whole cache.
+        return AttentionMask(bias[None], BlockLists(*_list_blocks(visited), None, None))
     lists = BlockLists(*_list_blocks(visited & ~full), *_list_blocks(full))
     return AttentionMask(bias[None], lists)
 

@@ -8,6 +8,7 @@ Letters: B rows, T tokens in this call, S cache slots, H query heads, K key/valu
 D head size, C hidden size, F MLP size, V vocabulary, Q and J blocks of queries and keys.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from minifuse.linear import PackedWeight, Weight, embed, linear
 from minifuse.rope import apply_rope, make_cos_sin, make_inv_freq
 
 KV_BLOCK = 128
+# Triton's kernels take queries in blocks of a multiple of this; fewer go to its decode kernel.
+TRITON_ROWS = 128
 
 
 # The weights of a layer that may be quantized.
@@ -61,13 +64,14 @@ class Params(NamedTuple):
 class BlockLists(NamedTuple):
     """The key blocks that a block of queries has to visit.
 
-    In `full` ones every pair is visible, in `partial` ones some are.
+    In `full` ones every pair is visible, in `partial` ones some are; on CUDA all are listed as
+    partial, and there are no lists of full ones.
     """
 
     num_partial: Tensor  # i32[B, 1, Q]
     partial: Tensor  # i32[B, 1, Q, J]
-    num_full: Tensor  # i32[B, 1, Q]
-    full: Tensor  # i32[B, 1, Q, J]
+    num_full: Tensor | None  # i32[B, 1, Q]
+    full: Tensor | None  # i32[B, 1, Q, J]
 
 
 class AttentionMask(NamedTuple):
@@ -116,10 +120,44 @@ def lookup(table: Tensor, *indices: Tensor) -> Tensor:
     return torch.ops.aten.index.Tensor(table, list(indices))
 
 
-def query_block_rows(num_tokens: int, group_size: int, device_type: str) -> int:
-    """Folded queries in a block of some tokens; Triton's kernels want a multiple of 128."""
-    rows = num_tokens * group_size
-    return rows if device_type == "cpu" else -(-rows // 128) * 128
+def query_block_tokens(num_tokens: int, wanted: int, group_size: int, device: torch.device) -> int:
+    """Tokens, a divisor of `num_tokens`, whose folded queries make up a block.
+
+    On the CPU as many as wanted; on CUDA the fewest that Triton's kernels can take, or all.
+    """
+    if device.type == "cpu":
+        return wanted
+    least = TRITON_ROWS // math.gcd(TRITON_ROWS, group_size)
+    return least if num_tokens % least == 0 else num_tokens
+
+
+def query_block_rows(num_tokens: int, num_blocks: int, group_size: int, device_type: str) -> int:
+    """Folded queries in each of the blocks that some tokens make up.
+
+    A single block is filled up to a multiple of 128 on CUDA; of several, the rows of all but the
+    first would be those of other tokens.
+    """
+    rows = num_tokens // num_blocks * group_size
+    if device_type == "cpu":
+        return rows
+    padded = -(-rows // TRITON_ROWS) * TRITON_ROWS
+    assert num_blocks == 1 or rows == padded, f"blocks of {rows} queries, not of {padded}"
+    return padded
+
+
+def kernel_options(q_BKTD: Tensor) -> dict[str, int] | None:
+    """What the kernel is to run with, where its own default is a wrong one.
+
+    Torch (2.13) means Triton's decode kernel to have three stages on Hopper and Blackwell, but an
+    `else` behind it takes them back. It makes an exception of wide heads in float32.
+    """
+    _, _, rows, head_dim = q_BKTD.shape
+    if q_BKTD.device.type != "cuda" or rows >= TRITON_ROWS:
+        return None
+    is_wide = head_dim > 128 and q_BKTD.dtype == torch.float32
+    if is_wide or torch.cuda.get_device_properties(q_BKTD.device).major not in (9, 10):
+        return None
+    return {"num_stages": 3, "num_warps": 2}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -161,20 +199,26 @@ def attend(
     bias, blocks = mask
     T = bias.shape[1]
     G = q_BKTD.shape[2] // T
-    query_blocks = blocks.num_partial.shape[2]
+    rows = query_block_rows(T, blocks.num_partial.shape[2], G, keys.device.type)
 
     def score_mod(score, b, h, q, k):
         return score + lookup(bias, b, q // G, k)
 
     block_mask = BlockMask.from_kv_blocks(
         *blocks,
-        BLOCK_SIZE=(query_block_rows(T // query_blocks, G, keys.device.type), KV_BLOCK),
+        BLOCK_SIZE=(rows, KV_BLOCK),
         mask_mod=None,
         seq_lengths=(T * G, keys.shape[2]),
         compute_q_blocks=False,
     )
     return flex_attention(
-        q_BKTD, keys, values, score_mod=score_mod, block_mask=block_mask, scale=scale
+        q_BKTD,
+        keys,
+        values,
+        score_mod=score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        kernel_options=kernel_options(q_BKTD),
     )
 
 

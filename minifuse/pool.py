@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minifuse.cache import KVCache
-from minifuse.masks import Rule, Tables, make_tables, write_rules
+from minifuse.cache import KVCache, mark_static
+from minifuse.masks import Rule, Tables, clear_tables, make_tables, write_rules
 from minifuse.model import KV_BLOCK
 
 LABEL_COUNTS = (256, 1024, 4096)
@@ -65,6 +65,32 @@ class Lease:
     rules: dict[int, Rule] = field(default_factory=dict)
 
 
+class Buffers:
+    """The memory of a pool. It outlives the pool, because a CUDA graph reads and writes where it
+    was recorded: pools of the same size, one after the other, find everything in the same place.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.device = cache.keys[0].device
+        self.key_labels = torch.zeros(cache.num_slots, dtype=torch.int32, device=self.device)
+        self.key_positions = torch.zeros(cache.num_slots, dtype=torch.long, device=self.device)
+        self._tables: dict[int, Tables] = {}
+        mark_static((cache, self.key_labels, self.key_positions))
+
+    @torch.inference_mode()
+    def clear(self, num_labels: int) -> Tables:
+        """Forget all keys; returns tables of so many labels, in which nobody sees anything."""
+        self.key_labels.zero_()
+        self.key_positions.zero_()
+        if num_labels not in self._tables:
+            self._tables[num_labels] = make_tables(num_labels, self.device)
+            mark_static(self._tables[num_labels])
+        clear_tables(self._tables[num_labels])
+        return self._tables[num_labels]
+
+
 class Pool:
     """The cache and its tables, what is known of every slot, and which blocks and labels are free.
 
@@ -72,14 +98,13 @@ class Pool:
     sees a slot whose label is 0.
     """
 
-    @torch.inference_mode()
-    def __init__(self, size: Size, cache: KVCache):
-        device = cache.keys[0].device
+    def __init__(self, size: Size, buffers: Buffers):
         self.size = size
-        self.cache = cache
-        self.tables: Tables = make_tables(size.labels, device)
-        self.key_labels = torch.zeros(size.slots, dtype=torch.int32, device=device)
-        self.key_positions = torch.zeros(size.slots, dtype=torch.long, device=device)
+        self.buffers = buffers
+        self.tables = buffers.clear(size.labels)
+        self.cache = buffers.cache
+        self.key_labels = buffers.key_labels
+        self.key_positions = buffers.key_positions
         self.prefixes: dict[Hashable, Lease] = {}
         self.num_requests = 0
         self._free_blocks = list(range(1, size.slots // KV_BLOCK))

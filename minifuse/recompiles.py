@@ -4,10 +4,12 @@ Dynamo names the first thing in which the call at hand did not fit the youngest 
 are compiled ahead of time (`precompiled`) give no such reasons: here is what others compile.
 """
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._dynamo.utils import counters, get_compilation_metrics
 
 from minifuse.stages import Span
@@ -99,3 +101,22 @@ def explain_cause(reason: str) -> str:
         if match := re.search(pattern, first):
             return explain(match)
     return first
+
+
+@contextlib.contextmanager
+def recorded_cuda_graphs() -> Iterator[list[str]]:
+    """Lists the CUDA graphs that are recorded meanwhile, by the id of the compiled graph.
+
+    Each is recorded once; again, where a tensor that was to stay in its place has moved.
+    """
+    recorded: list[str] = []
+
+    def note(args: CallbackArgs) -> None:
+        if args.callback_trigger is CallbackTrigger.CUDAGRAPH_RECORDING:
+            recorded.append(args.compile_id)
+
+    callback_handler.register_start_callback(note)
+    try:
+        yield recorded
+    finally:
+        callback_handler.remove_start_callback(note)

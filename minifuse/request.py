@@ -176,8 +176,9 @@ class Line:
 class AnswerState:
     """An answer while it is generated.
 
-    lines: one for each view
-    rows:  of `lines`, where their logits are among those of the step that is running
+    lines:   one for each view
+    weights: the answer's own, f32[R] on the device
+    rows:    of `lines`, where their logits are among those of the step that is running
     """
 
     answer: Answer
@@ -185,6 +186,7 @@ class AnswerState:
     lines: list[Line]
     builder: TextBuilder
     generator: torch.Generator | None
+    weights: Tensor | None
     rows: list[int] = field(default_factory=list)
 
     @property

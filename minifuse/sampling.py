@@ -1,6 +1,7 @@
 """From next-token logits to a token: reduction over streams, filters, greedy or drawn."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from minifuse.methods import Reduction
 
 
 def reduce_logits(
-    logits: Tensor, reduction: Reduction, weights: tuple[float, ...] | None
+    logits: Tensor, reduction: Reduction, weights: Sequence[float] | Tensor | None
 ) -> Tensor:
     """One next-token distribution of an answer's streams.
 
@@ -22,34 +23,48 @@ def reduce_logits(
         return torch.log_softmax(logits[0], dim=-1)
     shape = (-1,) + (1,) * (logits.dim() - 1)
     if reduction is Reduction.MEAN_LOGITS:
-        mean = (logits * logits.new_tensor(weights).view(shape)).sum(0)
+        mean = (logits * _like(logits, weights).view(shape)).sum(0)
         return torch.log_softmax(mean, dim=-1)
     logprobs = torch.log_softmax(logits, dim=-1)
     if reduction is Reduction.MEAN_PROBS:
-        log_weights = logits.new_tensor(weights).log().view(shape)
+        log_weights = _like(logits, weights).log().view(shape)
         return torch.logsumexp(logprobs + log_weights, dim=0)
     return torch.log_softmax(logprobs.amax(0), dim=-1)
 
 
-def make_generator(seed: int, *identity: object) -> torch.Generator:
+def _like(logits: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
+    return torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
+
+
+def make_generator(
+    seed: int, *identity: object, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """A generator of its own for each (seed, request, method, index).
 
     Other answers of the same call, or other requests of the same batch, change nothing in it.
+    Devices draw differently.
     """
     digest = hashlib.sha256(repr((seed, *identity)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def pick_token(
     logprobs: Tensor, config: GenerationConfig, generator: torch.Generator | None
-) -> int:
-    """The next token's id: the most likely at temperature 0, else drawn.
+) -> Tensor:
+    """The next token's id, i64[1]: the most likely at temperature 0, else drawn.
 
-    logprobs: f32[V]
+    It stays where `logprobs` are; reading it waits for a GPU to get there.
+
+    logprobs:  f32[V]
+    generator: on the same device
     """
     if config.temperature == 0:
-        return int(logprobs.argmax())
-    return int(torch.multinomial(filter_probs(logprobs, config).cpu(), 1, generator=generator))
+        return logprobs.argmax(dim=-1, keepdim=True)
+    probs = filter_probs(logprobs, config)
+    # What `torch.multinomial` does for one draw, but for its check of the sum, which waits: the
+    # first to arrive of independent exponential times.
+    times = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / times).argmax(dim=-1, keepdim=True)
 
 
 def filter_probs(logprobs: Tensor, config: GenerationConfig) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from minifuse.executor import (
     CALL_COST,
@@ -12,8 +13,11 @@ from minifuse.executor import (
     PREFILL_SIZES,
     SHARED_DECODE_BLOCKS,
     SINGLE_COST,
+    _compile,
+    decode_step,
     plan_calls,
 )
+from minifuse.model import query_block_rows, query_block_tokens
 
 
 def cost(sizes, length: int) -> float:
@@ -63,3 +67,29 @@ def test_blocks_divide_every_size():
     for blocks in (DECODE_BLOCKS, SHARED_DECODE_BLOCKS, prefill):
         assert all(size % block == 0 for size, block in blocks.items())
         assert list(blocks) == sorted(blocks)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+def test_blocks_on_cuda_are_what_triton_takes(group_size):
+    """A multiple of 128 folded queries, unless all are in one block; short calls always are."""
+    device = torch.device("cuda")
+    for tokens in (*DECODE_BLOCKS, *SHARED_DECODE_BLOCKS, *PREFILL_SIZES):
+        block = query_block_tokens(tokens, 1, group_size, device)
+        assert tokens % block == 0
+        rows = query_block_rows(tokens, tokens // block, group_size, "cuda")
+        assert rows % 128 == 0
+        assert rows == block * group_size or (block == tokens and rows < tokens * group_size + 128)
+        assert tokens * group_size >= 128 or block == tokens
+
+
+def test_blocks_whose_rows_would_be_those_of_others_are_refused():
+    assert query_block_rows(128, 4, 3, "cpu") == 96
+    assert query_block_rows(32, 1, 3, "cuda") == 128
+    with pytest.raises(AssertionError, match="blocks of 96 queries"):
+        query_block_rows(128, 4, 3, "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_options_are_ones_that_torch_knows(device):
+    """It looks at their names and types at once, and compiles at the first call."""
+    assert callable(_compile(decode_step, torch.device(device)))

@@ -36,6 +36,7 @@ COMMANDS = (
     "tools.profile_latency",
     "tools.convert_weights",
     "benchmarks.peers",
+    "benchmarks.gpu",
 )
 
 

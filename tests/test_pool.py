@@ -9,7 +9,7 @@ from minifuse.cache import allocate_cache
 from minifuse.config import ModelConfig
 from minifuse.masks import Labels, make_dense_bias
 from minifuse.model import KV_BLOCK
-from minifuse.pool import Need, Pool, Size, round_up, slots_for
+from minifuse.pool import Buffers, Need, Pool, Size, round_up, slots_for
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def make_pool(blocks: int, labels: int = 32) -> Pool:
     slots = blocks * KV_BLOCK
     cache = allocate_cache(CONFIG, rows=1, slots=slots, dtype=torch.float32, device=CPU)
-    return Pool(Size(slots, labels), cache)
+    return Pool(Size(slots, labels), Buffers(cache))
 
 
 def test_a_lease_counts_from_its_prefix_on():

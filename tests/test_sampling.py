@@ -176,7 +176,7 @@ def draw(identity, count=40, **settings):
     config = GenerationConfig(**{"temperature": 1.0, **settings})
     generator = make_generator(config.seed, *identity)
     logprobs = torch.zeros(100).log_softmax(-1)
-    return [pick_token(logprobs, config, generator) for _ in range(count)]
+    return [int(pick_token(logprobs, config, generator)) for _ in range(count)]
 
 
 def test_a_seed_repeats_a_draw():
@@ -216,9 +216,27 @@ def test_draws_follow_the_filtered_probabilities(settings):
     probs = filter_probs(logprobs, config).double()
     generator = make_generator(0, "draws")
     count = 4000
-    draws = torch.tensor([pick_token(logprobs, config, generator) for _ in range(count)])
+    draws = torch.cat([pick_token(logprobs, config, generator) for _ in range(count)])
     shares = torch.bincount(draws, minlength=5).double() / count
     # Five standard deviations of a binomial share: a fair draw stays within with odds of 1e-5.
     bound = 5 * (probs * (1 - probs) / count).sqrt()
     assert ((shares - probs).abs() <= bound).all()
     assert not shares[probs == 0].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.7}])
+def test_a_draw_is_the_one_that_torch_makes(settings):
+    config = GenerationConfig(**{"temperature": 0.8, **settings})
+    logprobs = torch.randn(500).log_softmax(-1)
+    probs = filter_probs(logprobs, config)
+    ours, theirs = (make_generator(3, "draws") for _ in range(2))
+    for _ in range(50):
+        wanted = torch.multinomial(probs, 1, generator=theirs)
+        assert torch.equal(pick_token(logprobs, config, ours), wanted)
+
+
+@pytest.mark.parametrize("reduction", Reduction)
+def test_weights_may_be_a_tensor(reduction):
+    logits, weights = torch.randn(3, 9), (0.2, 0.5, 0.3)
+    found = reduce_logits(logits, reduction, torch.tensor(weights))
+    assert torch.equal(found, reduce_logits(logits, reduction, weights))

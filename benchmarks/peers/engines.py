@@ -47,9 +47,15 @@ class TransformersEngine:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).eval()
+        self.adopt(
+            transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            )
+        )
+
+    def adopt(self, model) -> None:
+        """Take a model as it is, on whatever device."""
+        self.model = model.eval()
         # No token ends an answer, and none is kept from being drawn.
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0

@@ -273,8 +273,8 @@ def test_promise_6_nothing_is_left_over_from_earlier_requests(folder, fuser):
     fuser.generate(**busy, methods="all", max_new_tokens=6)
     assert_identical(fuser.generate(**REQUEST, **options), wanted)
     with torch.inference_mode():
-        for cache in fuser.executor._free_caches:
-            for layer in (*cache.keys, *cache.values):
+        for buffers in fuser.executor._free_buffers:
+            for layer in (*buffers.cache.keys, *buffers.cache.values):
                 layer.fill_(1e4)
     assert_identical(fuser.generate(**REQUEST, **options), wanted)
 

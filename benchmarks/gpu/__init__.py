@@ -1,0 +1,1 @@
+"""minifuse beside transformers on one GPU: `python -m benchmarks.gpu --help`."""
