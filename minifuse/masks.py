@@ -91,14 +91,12 @@ def make_mask(
     """
     bias = make_dense_bias(labels, tables, window)
     visible = (bias > -torch.inf).view(-1, block_tokens, bias.shape[1] // KV_BLOCK, KV_BLOCK)
-    visited = visible.any(dim=3).any(dim=1)
-    full = visible.all(dim=3).all(dim=1)
-    if bias.is_cuda:
-        # Triton's decode kernel splits its work evenly over the partial blocks only where there is
-        # no list of full ones; without it, it splits the whole cache.
-        return AttentionMask(bias[None], BlockLists(*_list_blocks(visited), None, None))
-    lists = BlockLists(*_list_blocks(visited & ~full), *_list_blocks(full))
-    return AttentionMask(bias[None], lists)
+    visited = _list_blocks(visible.any(dim=3).any(dim=1))
+    # Triton's decode kernel shares its work out evenly over partial blocks, where there is no list
+    # of full ones. The CPU's kernels want both lists, each in memory of its own.
+    none = tuple(map(torch.zeros_like, visited))
+    lists = (*visited, None, None) if bias.is_cuda else (*none, *visited)
+    return AttentionMask(bias[None], BlockLists(*lists))
 
 
 def _list_blocks(wanted: Tensor) -> tuple[Tensor, Tensor]:

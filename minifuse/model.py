@@ -64,8 +64,8 @@ class Params(NamedTuple):
 class BlockLists(NamedTuple):
     """The key blocks that a block of queries has to visit.
 
-    In `full` ones every pair is visible, in `partial` ones some are; on CUDA all are listed as
-    partial, and there are no lists of full ones.
+    Full blocks are spared a mask. None needs one, for hidden pairs have a bias of -inf, so the
+    device decides which list all of them are in (see `masks.make_mask`).
     """
 
     num_partial: Tensor  # i32[B, 1, Q]
@@ -366,7 +366,7 @@ def forward_plain(config: ModelConfig, params: Params, tokens: Tensor) -> Tensor
     distance = places[..., None] - slots
     count = torch.zeros(B, 1, 1, dtype=torch.int32, device=device)
     listed = torch.arange(num_blocks, dtype=torch.int32, device=device).expand(B, 1, 1, -1)
-    blocks = BlockLists(count + num_blocks, listed, count, listed)
+    blocks = BlockLists(count, listed, count + num_blocks, listed)
 
     def make_mask(window: int) -> AttentionMask:
         visible = (distance >= 0) & (distance < window)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minifuse import masks as masks_module
 from minifuse.masks import Labels, Tables, make_dense_bias, make_mask, make_tables, write_rules
-from minifuse.model import KV_BLOCK, AttentionMask
+from minifuse.model import KV_BLOCK, AttentionMask, BlockLists
 
 CPU = torch.device("cpu")
 LABELS = 6
@@ -82,27 +82,29 @@ def small_labels(query_labels: Tensor, query_slots: Tensor, key_labels: Tensor) 
     return Labels(query_labels, query_slots, here, key_labels, there)
 
 
-def listed_blocks(count: Tensor, indices: Tensor, query_block: int) -> list[int]:
-    return indices[0, 0, query_block, : int(count[0, 0, query_block])].tolist()
+def listed_blocks(lists: BlockLists, query_block: int) -> list[int]:
+    """In the one list that the device has them in."""
+    on_cuda = lists.full is None
+    counts, indices = lists[:2] if on_cuda else lists[2:]
+    return indices[0, 0, query_block, : int(counts[0, 0, query_block])].tolist()
 
 
 def assert_stands_for(mask: AttentionMask, dense: Tensor, tokens: int) -> None:
-    """Block lists name every block with a visible pair, once; full ones have nothing hidden."""
+    """Block lists name every block with a visible pair, once, in order."""
     T, S = dense.shape
     lists = mask.blocks
-    assert lists.num_partial.shape == lists.num_full.shape == (1, 1, T // tokens)
-    assert lists.partial.shape == lists.full.shape == (1, 1, T // tokens, S // KV_BLOCK)
-    assert {part.dtype for part in lists} == {torch.int32}
+    on_cuda = lists.full is None
+    assert on_cuda or not lists.num_partial.any()
+    for counts, indices in (lists[:2],) if on_cuda else (lists[:2], lists[2:]):
+        assert counts.shape == (1, 1, T // tokens)
+        assert indices.shape == (1, 1, T // tokens, S // KV_BLOCK)
+        assert counts.dtype == indices.dtype == torch.int32
+        # Indices beyond the counts are read by some kernels: they have to be blocks, too.
+        assert ((indices >= 0) & (indices < S // KV_BLOCK)).all()
     for i in range(T // tokens):
-        partial = listed_blocks(lists.num_partial, lists.partial, i)
-        full = listed_blocks(lists.num_full, lists.full, i)
         block = dense[i * tokens : (i + 1) * tokens].view(tokens, -1, KV_BLOCK)
         sums = block.sum(dim=(0, 2)).tolist()
-        assert sorted(full) == [j for j, n in enumerate(sums) if n == tokens * KV_BLOCK]
-        assert sorted(partial) == [j for j, n in enumerate(sums) if 0 < n < tokens * KV_BLOCK]
-    # Indices beyond the counts are read by some kernels: they have to be blocks, too.
-    for indices in (lists.partial, lists.full):
-        assert ((indices >= 0) & (indices < S // KV_BLOCK)).all()
+        assert listed_blocks(lists, i) == [j for j, n in enumerate(sums) if n > 0]
 
 
 def test_the_drawing_of_the_module():
@@ -191,11 +193,10 @@ def test_random_cases_have_blocks_of_every_kind():
     full = partial = skipped = 0
     for seed in range(160):
         labels, tables, window = random_rule(seed, tokens=8, blocks=4)
-        lists = make_mask(labels, tables, 8, window).blocks
-        listed = lists.num_full + lists.num_partial
-        full += int(lists.num_full.sum())
-        partial += int(lists.num_partial.sum())
-        skipped += int((4 - listed).sum())
+        counts = is_seen(labels, tables, window).view(8, 4, KV_BLOCK).sum(dim=(0, 2))
+        full += int((counts == 8 * KV_BLOCK).sum())
+        skipped += int((counts == 0).sum())
+        partial += int(((counts > 0) & (counts < 8 * KV_BLOCK)).sum())
     assert min(full, partial, skipped) > 10
 
 
@@ -206,9 +207,7 @@ def test_blocks_that_nobody_sees_are_skipped():
     write_rules(tables, {1: {1: 0.0}, 2: {2: 0.0}})
     slots = torch.tensor([2 * KV_BLOCK + 5])
     labels = small_labels(torch.ones(1, dtype=torch.int32), slots, key_labels)
-    lists = make_mask(labels, tables, 1).blocks
-    assert listed_blocks(lists.num_full, lists.full, 0) == [1]
-    assert listed_blocks(lists.num_partial, lists.partial, 0) == [2]
+    assert listed_blocks(make_mask(labels, tables, 1).blocks, 0) == [1, 2]
 
 
 def test_a_window_cuts_by_position_and_not_by_slot():
@@ -229,20 +228,14 @@ def test_a_window_cuts_by_position_and_not_by_slot():
 
 
 def test_lists_on_each_device(device):
-    """Triton's decode kernel shares its work out over partial blocks: on CUDA all are partial."""
+    """On CUDA all blocks are partial, elsewhere all are full."""
     labels, tables, window = random_rule(1, tokens=8, blocks=4)
+    dense = is_seen(labels, tables, window)
     labels = Labels(*(part.to(device) for part in labels))
     tables = Tables(*(part.to(device) for part in tables))
     mask = make_mask(labels, tables, 8, window)
-    dense = is_seen(labels, tables, window).cpu()
-    if device.type == "cpu":
-        return assert_stands_for(mask, dense, 8)
-    lists = mask.blocks
-    assert lists.num_full is lists.full is None
-    visible = dense.view(8, -1, KV_BLOCK).any(dim=2).any(dim=0)
-    listed = listed_blocks(lists.num_partial, lists.partial, 0)
-    assert listed == visible.nonzero().flatten().tolist()
-    return None
+    assert (mask.blocks.full is None) == (device.type == "cuda")
+    assert_stands_for(mask, dense, 8)
 
 
 def test_padding_sees_slot_0_alone():
