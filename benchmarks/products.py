@@ -24,12 +24,14 @@ from minifuse import linear as products
 from minifuse.quantize import pack, quantize_weight
 
 ALWAYS = 10**9
+# Takes all rows, and so what torch makes of a product by itself.
+PLAIN = "F.linear"
 # kind -> way -> thresholds that lead there
 WAYS = {
     "float": {
         "reduction": {"REDUCTION_ROWS": ALWAYS},
         "library": {"REDUCTION_ROWS": 0, "WIDENED_ROWS": ALWAYS},
-        "F.linear": {"REDUCTION_ROWS": 0, "WIDENED_ROWS": ALWAYS, "HAS_ONEDNN": False},
+        PLAIN: {"REDUCTION_ROWS": 0, "WIDENED_ROWS": ALWAYS},
         "widened": {"REDUCTION_ROWS": 0, "WIDENED_ROWS": 0, "HAS_BF16_PRODUCTS": False},
     },
     "int8": {
@@ -85,10 +87,11 @@ def measure(out_features: int, in_features: int, count: int, repeats: int) -> di
             )
             for way, thresholds in ways.items():
                 is_slow = way == "reduction" and count > MAX_REDUCTION_ROWS
-                is_same = way == {torch.float32: "widened", torch.bfloat16: "F.linear"}[dtype]
+                is_same = way == {torch.float32: "widened", torch.bfloat16: PLAIN}[dtype]
                 if not is_slow and not is_same:
                     name = f"{kind if kind != 'float' else str(dtype)[6:]} {way}"
-                    calls[name] = _compile(x, held, thresholds)
+                    live = None if way == PLAIN else torch.tensor(count)
+                    calls[name] = _compile(x, held, live, thresholds)
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
         for name, call in calls.items():
@@ -101,10 +104,8 @@ def measure(out_features: int, in_features: int, count: int, repeats: int) -> di
 
 
 def _compile(
-    x: Tensor, weight: products.Weight, thresholds: dict[str, int]
+    x: Tensor, weight: products.Weight, live: Tensor | None, thresholds: dict[str, int]
 ) -> Callable[[], Tensor]:
-    live = torch.tensor(x.shape[1])
-
     def run() -> Tensor:
         return products.linear(x, weight, live=live)
 
@@ -112,13 +113,9 @@ def _compile(
     own = FunctionType(run.__code__.replace(), run.__globals__, "run", None, run.__closure__)
     options = {"guard_filter_fn": lambda entries: [False] * len(entries)}
     compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
-
-    def call() -> Tensor:
-        with patch.multiple(products, **thresholds):  # ops of our own look at them when they run
-            return compiled()
-
-    call()
-    return call
+    with patch.multiple(products, **thresholds):
+        compiled()
+    return compiled
 
 
 if __name__ == "__main__":

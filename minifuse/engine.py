@@ -442,7 +442,7 @@ class Fuser:
         for index, job in jobs.items():
             self._start_answers(job)
             for state in job.states.values():
-                logits = torch.stack([job.view_logits[view.suffix] for view in state.views])
+                logits = [job.view_logits[view.suffix] for view in state.views]
                 answers.append((index, job, state, logits))
             job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
         return _extend(answers)
@@ -489,7 +489,7 @@ class Fuser:
         )
         return _extend(
             [
-                (index, job, state, torch.stack([own[row] for row in state.rows]))
+                (index, job, state, [own[row] for row in state.rows])
                 for (index, job), own in zip(jobs.items(), logits, strict=True)
                 for state in job.live
             ]
@@ -561,17 +561,17 @@ class _Clock:
 
 
 def _extend(
-    answers: Sequence[tuple[int, Job, AnswerState, Tensor]],
+    answers: Sequence[tuple[int, Job, AnswerState, Sequence[Tensor]]],
 ) -> dict[int, list[StreamEvent]]:
     """Pick each answer's next token, and tell every method that reads it.
 
-    answers: a job's index, the job, one of its answers, and its streams' logits f32[R, V]
+    answers: a job's index, the job, one of its answers, and its streams' logits f32[V]
     returns: by the job's index
     raises:  MinifuseError where the scores are not finite
     """
     picked, scores = [], []
     for _, job, state, logits in answers:
-        logprobs = reduce_logits(logits, state.answer.reduction, state.weights)
+        logprobs = reduce_logits(torch.stack(logits), state.answer.reduction, state.weights)
         picked.append(pick_token(logprobs, job.plan.generation, state.generator))
         scores.append(logprobs.gather(0, picked[-1]))
     # All at once: whoever reads from a GPU waits for everything that it was asked before.

@@ -34,7 +34,8 @@ PREFILL_BLOCK = 32
 DECODE_BLOCKS = {1: 1, 8: 8, 32: 32}
 SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
 # What a call costs beside its tokens, and what a place that none of them takes, in tokens; and the
-# cost of a call of one token, which reads weights faster than any other.
+# cost of a call of one token, which reads weights faster than any other. Between what was measured
+# on two cores with AVX2 in float32 and int4 (docs/performance.md, "Calls").
 CALL_COST = 20
 PADDING_COST = 0.3
 SINGLE_COST = 7
@@ -178,7 +179,7 @@ class Executor:
                 kind: _compile(step, params.final_norm.device) for kind, step in self._steps.items()
             }
         self.graphs: dict[Graph, GraphRecord] = {}
-        self._ready: dict[Graph, Step] = {}
+        self._ready: dict[Graph, list[Callable]] = {}
         self._free_buffers: list[Buffers] = []
 
     @property
@@ -202,7 +203,7 @@ class Executor:
 
     @contextmanager
     def pool(self, size: Size) -> Iterator[Pool]:
-        """Slots and tables for requests; the cache goes back to be used again."""
+        """Slots and tables for requests; their memory goes back to be used again."""
         pool = Pool(size, self._take_buffers(size.slots))
         try:
             yield pool
@@ -304,41 +305,51 @@ class Executor:
         }
 
     def _run(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Tensor:
-        stale = graph in self._ready and not self._ready[graph].fits_state()
-        if self.is_compiled and (graph not in self.graphs or stale):
-            nothing = Inputs(*(None if part is None else torch.zeros_like(part) for part in inputs))
-            with stage(f"compile {graph.kind} {graph.tokens}"):
-                self._compile(graph, nothing, cache, context)
-            self.recompiles += stale
+        step = self._steps[graph.kind]
+        if self.is_compiled:
+            step = self._find_ready(graph) or self._compile(graph, inputs, cache, context)
         before = count_compiled_graphs()
-        step = self._ready.get(graph, self._steps[graph.kind])
         with stage(f"{graph.kind} {graph.tokens}"):
             output = step(self.params, self.config, graph.block, inputs, cache, context)
         if self.is_compiled:
             self.recompiles += count_compiled_graphs() - before
         return output
 
-    def _compile(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> None:
-        """Get a graph ready; `inputs` are padding alone."""
+    def _find_ready(self, graph: Graph) -> Callable | None:
+        """What was compiled for a graph, in the state that torch is in now."""
+        for step in self._ready.get(graph, ()):
+            if not isinstance(step, Step) or step.fits_state():
+                return step
+        return None
+
+    def _compile(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Callable:
+        """Get a graph ready; if it is run for that, then with padding alone."""
         start = time.perf_counter()
-        step = self._steps[graph.kind]
-        args = (self.params, self.config, graph.block, inputs, cache, context)
+        step, is_stored = self._steps[graph.kind], False
+        nothing = Inputs(*(None if part is None else torch.zeros_like(part) for part in inputs))
+        args = (self.params, self.config, graph.block, nothing, cache, context)
         # The default limit of 8 graphs per function would end in a silent eager fallback.
-        with torch._dynamo.config.patch(
-            recompile_limit=1024,
-            accumulated_recompile_limit=4096,
-            fail_on_recompile_limit_hit=True,
+        with (
+            stage(f"compile {graph.kind} {graph.tokens}"),
+            torch._dynamo.config.patch(
+                recompile_limit=1024,
+                accumulated_recompile_limit=4096,
+                fail_on_recompile_limit_hit=True,
+            ),
         ):
             if self.device.type == "cpu":
-                self._ready[graph] = precompile(step, graph.kind, args)
+                step = precompile(step, graph.kind, args)
+                is_stored = step.is_stored
             else:
                 for _ in range(RECORDING_CALLS):
                     step(*args)
-        is_stored = graph in self._ready and self._ready[graph].is_stored
         seconds = time.perf_counter() - start
         if graph in self.graphs:  # in another state of torch
+            self.recompiles += 1
             seconds += self.graphs[graph].seconds
+        self._ready.setdefault(graph, []).append(step)
         self.graphs[graph] = GraphRecord(seconds, is_stored)
+        return step
 
 
 def _upload(rows: Sequence, device: torch.device) -> Tensor:

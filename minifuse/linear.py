@@ -22,12 +22,13 @@ from minifuse.config import QUANTIZE_GROUP
 # Without them it multiplies float32 several times as fast, which is worth to widen bfloat16 for.
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_BF16_PRODUCTS = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-# Up to so many rows Inductor's reduction reads a float weight no slower than the library does.
+# Up to so many rows Inductor's reduction reads a float weight as fast as the library, on balance.
 REDUCTION_ROWS = 2
 # From so many rows on bfloat16 is widened, where it has to be.
 WIDENED_ROWS = 16
 # Up to so many rows a bfloat16 product takes no longer than one of fewer: reading the weight does.
-READING_ROWS = 8
+# Without instructions for bfloat16 its time grows with every row.
+READING_ROWS = 8 if HAS_BF16_PRODUCTS else 1
 # Up to so many rows the kernels that multiply packed weights are faster than to dequantize the
 # weight first; their time grows with every row.
 INT4_KERNEL_ROWS = 64
@@ -125,7 +126,9 @@ def _packed_product(rows: Tensor, weight: PackedWeight, live: Tensor | None) -> 
         return _join_halves([product.t() for product in products], weight).t()
     # In float32 the kernel takes one number at a time.
     if rows.shape[0] <= INT8_KERNEL_ROWS and rows.dtype == torch.bfloat16:
-        return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), *weight)
+        if rows.shape[0] == 1 or live is None:  # an op of our own costs a call of Python
+            return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), *weight)
+        return torch.ops.minifuse.int8_linear(rows.contiguous(), *weight, live)
     return _product(rows, dequantize(weight, dtype), None, live)
 
 
@@ -162,6 +165,7 @@ def _join_halves(halves: list[Tensor], weight: PackedWeight) -> Tensor:
 _LIBRARY = torch.library.Library("minifuse", "DEF")
 _LIBRARY.define("live_linear(Tensor x, Tensor weight, Tensor live) -> Tensor")
 _LIBRARY.define("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? live) -> Tensor")
+_LIBRARY.define("int8_linear(Tensor x, Tensor values, Tensor scales, Tensor live) -> Tensor")
 _LIBRARY.define("split_scales(Tensor scales, int half_rows) -> (Tensor, Tensor)")
 
 
@@ -173,7 +177,7 @@ def _live_linear(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
         # oneDNN; a plain product is MKL's, which takes up to twice the time on AMD's processors.
         y = torch.ops.mkldnn._linear_pointwise(wanted, weight, None, "none", [], "")
     else:
-        y = F.linear(wanted, weight)
+        y = F.linear(wanted, weight).to(x.dtype)  # autocast may have its own
     return _pad_rows(y, x.shape[0])
 
 
@@ -196,6 +200,13 @@ def _int4_linear(x: Tensor, packed: Tensor, scales: Tensor, live: Tensor | None)
     return _pad_rows(y, x.shape[0])
 
 
+@torch.library.impl(_LIBRARY, "int8_linear", "CPU")
+def _int8_linear(x: Tensor, values: Tensor, scales: Tensor, live: Tensor) -> Tensor:
+    """bf16[M, in], an int8 `PackedWeight` -> bf16[M, out], zeros from row `live` on."""
+    y = torch.ops.aten._weight_int8pack_mm(x[: int(live)], values, scales)
+    return _pad_rows(y, x.shape[0])
+
+
 @torch.library.impl(_LIBRARY, "split_scales", "CPU")
 def _split_scales(scales: Tensor, half_rows: int) -> tuple[Tensor, Tensor]:
     """Scales bf16[in/32, out, 2] of an int4 `PackedWeight` -> scales and zeros of its halves,
@@ -213,6 +224,11 @@ def _live_shape(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
 @torch.library.register_fake("minifuse::int4_linear", lib=_LIBRARY)
 def _int4_shape(x: Tensor, packed: Tensor, scales: Tensor, live: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], scales.shape[1])
+
+
+@torch.library.register_fake("minifuse::int8_linear", lib=_LIBRARY)
+def _int8_shape(x: Tensor, values: Tensor, scales: Tensor, live: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])
 
 
 @torch.library.register_fake("minifuse::split_scales", lib=_LIBRARY)

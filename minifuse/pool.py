@@ -68,6 +68,7 @@ class Lease:
 class Buffers:
     """The memory of a pool. It outlives the pool, because a CUDA graph reads and writes where it
     was recorded: pools of the same size, one after the other, find everything in the same place.
+    The tables of every number of labels that was asked for stay, too: 84 MB for 4,096.
     """
 
     @torch.inference_mode()

@@ -88,12 +88,12 @@ def test_compiled(kind, dtype, count, monkeypatch):
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("count", [READING_ROWS, WIDENED_ROWS + 4, INT4_KERNEL_ROWS + 8])
+@pytest.mark.parametrize("count", [8, WIDENED_ROWS + 4, INT4_KERNEL_ROWS + 8])
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("float", BF16), ("float", F32), ("int8", BF16), ("int4", BF16)]
 )
 def test_live_rows_alone(kind, dtype, count, is_compiled):
-    """Padding holds what would spoil any product that took it in."""
+    """Padding is not multiplied: NaN in it would come out again."""
     weight, exact = make_weight(kind, dtype=dtype)
     bias = torch.randn(len(exact)).to(dtype)
     run = linear
@@ -103,7 +103,8 @@ def test_live_rows_alone(kind, dtype, count, is_compiled):
         run = torch.compile(linear, fullgraph=True, dynamic=False)
     for live in (1, count - 3, count):
         x = torch.randn(1, count, WIDTH).to(dtype)
-        x[:, live:] = 1e30
+        is_read = kind == "float" and dtype == BF16 and count <= READING_ROWS
+        x[:, live:] = 1e30 if is_read else torch.nan
         y = run(x, weight, bias, torch.tensor(live))
         assert y.shape == (1, count, len(exact))
         limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)

@@ -62,6 +62,9 @@ def test_what_autocast_made_is_for_autocast_alone(tiny_llama_folder, cache):
     assert_same(fuser.generate(**REQUEST, **OPTIONS), wanted)
     assert fuser.executor.recompiles == number
     assert not any(record.is_stored for record in fuser.executor.graphs.values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fuser.generate(**REQUEST, **OPTIONS)
+    assert fuser.executor.recompiles == number, "both are kept"
 
     later = minifuse.load(tiny_llama_folder)
     assert_same(later.generate(**REQUEST, **OPTIONS), wanted)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from benchmarks.peers.targets import Outcome
 
 NAMES = ("llama-3.2-1b", "llama-3.1-8b")
+# Half of what is generated, and a prompt.
+MIN_CONTEXT = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,11 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(
             f"shapes are {args.shapes} and contexts {args.contexts}; wanted some of "
             f"{','.join(NAMES)} and numbers, joined by commas"
+        )
+    if min(map(int, contexts)) < MIN_CONTEXT or args.repeats < 1:
+        raise UsageError(
+            f"contexts are {args.contexts} and repeats {args.repeats}; wanted at least "
+            f"{MIN_CONTEXT} tokens and 1 repeat"
         )
     import torch
 
