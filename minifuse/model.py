@@ -256,7 +256,7 @@ def attention_block(
     return linear(attended, layer.wo, layer.bo, live)
 
 
-def mlp_block(x: Tensor, layer: LayerParams, live: Tensor | None) -> Tensor:
+def mlp_block(x: Tensor, layer: LayerParams, live: Tensor | None = None) -> Tensor:
     """Gated SiLU: down(silu(gate(x)) * up(x))."""
     gate, up = linear(x, layer.w_gate_up, layer.b_gate_up, live).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, layer.w_down, layer.b_down, live)
