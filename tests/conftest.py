@@ -6,8 +6,8 @@ from pathlib import Path
 # No test asks the real hub; those of the hub start processes with settings of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests that run at the same time share the cores: two that each take all of them would spend most
-# of their time in waiting for each other's threads.
-# Not in the process that starts the workers: they would find its number set, and keep it.
+# of their time in waiting for each other's threads. Not in the process that starts the workers:
+# they would find its number set, and keep it.
 if _workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(_workers))))
 
