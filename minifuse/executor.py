@@ -38,15 +38,15 @@ SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
 # on two cores with AVX2 in float32 and int4 (docs/performance.md, "Calls").
 CALL_COST = 20
 PADDING_COST = 0.3
-SINGLE_COST = 7
+SINGLE_COST = 15
 # Up to so many tokens go through the decode graph: one graph less to compile.
 MAX_DECODE_TOKENS = 128
 # Inductor inlines a norm into the matrix product behind it, and computes it anew for every output
-# row, unless an expression of this many operations gets a buffer of its own (default: 50).
+# row, unless an expression of more than so many operations gets a buffer of its own (default: 50).
 # The asserts check the shapes of all weights again in every layer of every step.
 # Inductor's CPU template of flex_attention cannot take in what follows it, but is asked to (2.13).
 CPU_OPTIONS = {
-    "realize_opcount_threshold": 10,
+    "realize_opcount_threshold": 8,
     "size_asserts": False,
     "epilogue_fusion": False,
 }

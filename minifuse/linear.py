@@ -22,13 +22,10 @@ from minifuse.config import QUANTIZE_GROUP
 # Without them it multiplies float32 several times as fast, which is worth to widen bfloat16 for.
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_BF16_PRODUCTS = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-# Up to so many rows Inductor's reduction reads a float weight as fast as the library, on balance.
-REDUCTION_ROWS = 2
+# Up to so many rows a float product is a loop over the weight that Inductor makes.
+REDUCTION_ROWS = 8
 # From so many rows on bfloat16 is widened, where it has to be.
 WIDENED_ROWS = 16
-# Up to so many rows a bfloat16 product takes no longer than one of fewer: reading the weight does.
-# Without instructions for bfloat16 its time grows with every row.
-READING_ROWS = 8 if HAS_BF16_PRODUCTS else 1
 # Up to so many rows the kernels that multiply packed weights are faster than to dequantize the
 # weight first; their time grows with every row.
 INT4_KERNEL_ROWS = 64
@@ -68,7 +65,9 @@ def linear(
         y = _packed_product(rows, weight, live)
         y = y if bias is None else y + bias
     elif _is_reduction(rows):
-        y = (rows[:, None].float() * weight.float()).sum(-1)
+        # A sum for each row, not one over a third dimension: Inductor fuses them into one loop that
+        # reads the weight once, and keeps an accumulator for each.
+        y = torch.stack([(row * weight.float()).sum(-1) for row in rows.float()])
         y = (y if bias is None else y + bias.float()).to(x.dtype)
     else:
         y = _product(rows, weight, bias, live)
@@ -107,7 +106,7 @@ def _product(
 ) -> Tensor:
     dtype = _product_dtype(rows)
     x, weight = rows.to(dtype), weight.to(dtype)
-    if live is None or (dtype == torch.bfloat16 and rows.shape[0] <= READING_ROWS):
+    if live is None:
         y = F.linear(x, weight, None if bias is None else bias.to(dtype))
     else:
         y = torch.ops.minifuse.live_linear(x, weight, live)
