@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Unpack
 
 import torch
-from torch import Tensor
 
+from minifuse.answers import (
+    CountedResults,
+    Results,
+    extend_answers,
+    make_results,
+    start_answers,
+    vote_events,
+)
 from minifuse.cache import KVCache, cache_bytes, read_slots, write_slots
 from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import Executor
-from minifuse.layout import PackedPrompt, Part, Span
+from minifuse.layout import PackedPrompt, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
-from minifuse.methods import SPECS, Answer, FusionMethod, SegmentWeights, Weighting, parse_methods
+from minifuse.methods import FusionMethod, parse_methods
 from minifuse.pool import (
     LABEL_COUNTS,
     MIN_SLOTS,
@@ -36,7 +43,6 @@ from minifuse.pool import (
 )
 from minifuse.prefill import prefill, tokens_of, write_rules
 from minifuse.request import (
-    AnswerState,
     Frame,
     FusionOptions,
     Job,
@@ -48,8 +54,7 @@ from minifuse.request import (
     make_job,
     make_plan,
 )
-from minifuse.results import Generation, StreamEvent, TextBuilder, pick_winner
-from minifuse.sampling import make_generator, pick_token, reduce_logits
+from minifuse.results import StreamEvent
 from minifuse.scoring import Scores, score_targets, scores_of, scoring_labels, scoring_slots
 from minifuse.stages import stage
 
@@ -57,10 +62,6 @@ STORED_PREFIXES = 4
 
 # Token ids, and the length that dynamic RoPE goes by.
 PrefixKey = tuple[tuple[int, ...], int | None]
-
-Results = dict[str, Generation | list[Generation]]
-# By the number of segments that were asked with.
-CountedResults = dict[int, Results]
 
 
 def load(
@@ -383,8 +384,10 @@ class Fuser:
                             "prefill_ms": job.prefill_ms,
                             "decode_ms": job.decode_ms,
                         }
-                        results = self._results(job, timings, executor.recompiles - recompiles)
-                        found += _vote_events(results)
+                        results = make_results(
+                            job, self.model, timings, executor.recompiles - recompiles
+                        )
+                        found += vote_events(results)
                         pool.release(job.lease)
                         del live[index]
                     yield index, found, results
@@ -440,40 +443,12 @@ class Fuser:
         score_targets(self.executor, pool, list(jobs.values()))
         answers = []
         for index, job in jobs.items():
-            self._start_answers(job)
+            start_answers(job, self.model)
             for state in job.states.values():
                 logits = [job.view_logits[view.suffix] for view in state.views]
                 answers.append((index, job, state, logits))
             job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
-        return _extend(answers)
-
-    def _start_answers(self, job: Job) -> None:
-        config = job.plan.generation
-        for answer in job.answers:
-            views = tuple(map(job.view, answer.views))
-            generator = None
-            if config.temperature > 0:
-                identity = (job.prompt, str(answer.method), answer.index)
-                generator = make_generator(config.seed, *identity, device=self.executor.device)
-            job.states[answer] = AnswerState(
-                answer=answer,
-                views=views,
-                lines=job.start_lines(views),
-                builder=TextBuilder(
-                    self.model.tokenizer.stream(),
-                    config.stop,
-                    self.model.eos_token_ids,
-                    config.max_new_tokens,
-                ),
-                generator=generator,
-                weights=self._upload_weights(answer),
-            )
-
-    def _upload_weights(self, answer: Answer) -> Tensor | None:
-        """Once per answer: on a GPU every upload of a step would cost a wait."""
-        if answer.weights is None:
-            return None
-        return torch.tensor(answer.weights, dtype=torch.float32, device=self.executor.device)
+        return extend_answers(answers)
 
     @stage("step")
     def _step(self, pool: Pool, jobs: Mapping[int, Job]) -> dict[int, list[StreamEvent]]:
@@ -487,58 +462,12 @@ class Fuser:
         logits = self.executor.decode(
             pool, [(lease, tokens) for lease, (tokens, _) in zip(leases, steps, strict=True)]
         )
-        return _extend(
+        return extend_answers(
             [
                 (index, job, state, [own[row] for row in state.rows])
                 for (index, job), own in zip(jobs.items(), logits, strict=True)
                 for state in job.live
             ]
-        )
-
-    # Results
-
-    def _results(self, job: Job, timings: dict, recompiles: int) -> CountedResults:
-        results: CountedResults = {count: {} for count in job.counts}
-        for (count, method), answers in job.consumers.items():
-            weights = job.weights[count]
-            states = [job.states[answer] for answer in answers]
-            if method is FusionMethod.VOTE:
-                states = [states[pick_winner([state.builder for state in states])]]
-            made = [self._generation(job, method, weights, s, timings, recompiles) for s in states]
-            is_list = method is FusionMethod.PER_PROMPT
-            results[count][str(method)] = made if is_list else made[0]
-        return results
-
-    def _generation(
-        self,
-        job: Job,
-        method: FusionMethod,
-        weights: SegmentWeights,
-        state: AnswerState,
-        timings: dict,
-        recompiles: int,
-    ) -> Generation:
-        weighting = SPECS[method].weighting
-        layout = state.layout()
-        return Generation(
-            method=str(method),
-            paraphrase_index=state.answer.index if method is FusionMethod.PER_PROMPT else None,
-            text=state.builder.text,
-            token_ids=tuple(state.builder.token_ids),
-            logprobs=tuple(state.builder.logprobs),
-            finish_reason=state.builder.finish_reason,
-            prompt_tokens=sum(len(e.token_ids) for e in layout if e.part is not Part.ANSWER),
-            weights=None if weighting is Weighting.UNIFORM else weights.of(weighting),
-            weights_source=weights.source_of(weighting),
-            model=self.model.name,
-            source=self.model.source,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            quantize=self.model.config.quantize,
-            positions=job.plan.fusion.positions,
-            seed=job.plan.generation.seed,
-            layout=layout,
-            timings=timings,
-            recompiles=recompiles,
         )
 
 
@@ -558,58 +487,6 @@ class _Clock:
         elapsed = (now - self._start) - (compile_s - self._compile_s)
         self._start, self._compile_s = now, compile_s
         return 1000 * elapsed
-
-
-def _extend(
-    answers: Sequence[tuple[int, Job, AnswerState, Sequence[Tensor]]],
-) -> dict[int, list[StreamEvent]]:
-    """Pick each answer's next token, and tell every method that reads it.
-
-    answers: a job's index, the job, one of its answers, and its streams' logits f32[V]
-    returns: by the job's index
-    raises:  MinifuseError where the scores are not finite
-    """
-    picked, scores = [], []
-    for _, job, state, logits in answers:
-        logprobs = reduce_logits(torch.stack(logits), state.answer.reduction, state.weights)
-        picked.append(pick_token(logprobs, job.plan.generation, state.generator))
-        scores.append(logprobs.gather(0, picked[-1]))
-    # All at once: whoever reads from a GPU waits for everything that it was asked before.
-    numbers = torch.stack([torch.cat(picked).double(), torch.cat(scores).double()], dim=1).tolist()
-    events: dict[int, list[StreamEvent]] = {}
-    for (index, job, state, _), (token_id, logprob) in zip(answers, numbers, strict=True):
-        events.setdefault(index, []).extend(_push(job, state, int(token_id), logprob))
-    return events
-
-
-def _push(job: Job, state: AnswerState, token_id: int, logprob: float) -> list[StreamEvent]:
-    answer, builder = state.answer, state.builder
-    if not -torch.inf < logprob < torch.inf:
-        raise MinifuseError(
-            f"{answer.method}: the model's scores are not finite; its weights may be damaged, or "
-            "too large for the dtype: try float32"
-        )
-    text = builder.push(token_id, logprob)
-    return [
-        StreamEvent(
-            method=str(method),
-            paraphrase_index=answer.index if method is FusionMethod.PER_PROMPT else None,
-            token_id=token_id,
-            text=text,
-            logprob=logprob,
-            finish_reason=builder.finish_reason,
-        )
-        for (_, method), answers in job.consumers.items()
-        if method is not FusionMethod.VOTE and answer in answers
-    ]
-
-
-def _vote_events(results: CountedResults) -> list[StreamEvent]:
-    """Votes are known at the end alone."""
-    votes = [found[FusionMethod.VOTE] for found in results.values() if FusionMethod.VOTE in found]
-    return [
-        StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason) for vote in votes
-    ]
 
 
 def own_need(job: Job) -> Need:

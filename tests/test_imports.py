@@ -16,7 +16,7 @@ ORDER = """
     rope cache linear model masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
-    executor request prefill scoring engine jsonl generate
+    executor request answers prefill scoring engine jsonl generate
     artifacts trials warmup recompiles profiling profile_report
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
