@@ -38,7 +38,8 @@ from minifuse.jsonl import (
 )
 
 if TYPE_CHECKING:
-    from minifuse.engine import Fuser, Generation, StreamEvent
+    from minifuse.engine import Fuser
+    from minifuse.results import Generation, StreamEvent
 
 TEMPLATE = "Q: {}\n"
 SUFFIX = "A:"

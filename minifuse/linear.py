@@ -56,7 +56,7 @@ def linear(
 
     x: float[..., in], weight: [out, in], bias: float[out] -> float[..., out], in x's dtype
     live: i64[] on the CPU, how many of the leading rows are wanted; the others come out as any
-          finite numbers. None for all
+          finite numbers, if they are finite themselves. None for all
 
     Sums are taken in f32. An int4 weight wants bfloat16, an int8 one the dtype of its scales.
     """

@@ -297,7 +297,7 @@ def test_fold_and_unfold():
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_product_of_one_row(has_bias, dtype):
-    """One row on the CPU takes a path of its own once compiled."""
+    """A few rows on the CPU take a path of their own once compiled."""
     x = torch.randn(1, 1, 48, dtype=dtype)
     weight = torch.randn(32, 48, dtype=dtype)
     bias = torch.randn(32, dtype=dtype) if has_bias else None

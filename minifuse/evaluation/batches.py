@@ -10,7 +10,8 @@ from minifuse.command import check_interrupt
 from minifuse.jsonl import ResultsFile, Unit, read_json_lines
 
 if TYPE_CHECKING:
-    from minifuse.engine import Fuser, Results
+    from minifuse.answers import Results
+    from minifuse.engine import Fuser
     from minifuse.request import Request
 
 T = TypeVar("T")

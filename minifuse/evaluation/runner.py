@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from minifuse.answers import Results
 from minifuse.command import check_interrupt
-from minifuse.engine import Fuser, Results
+from minifuse.engine import Fuser
 from minifuse.evaluation.confidences import weights_of
 from minifuse.evaluation.datasets import Item
 from minifuse.evaluation.prompts import PromptBuilder, choose_paraphrases, continuation_of

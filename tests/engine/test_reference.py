@@ -198,6 +198,7 @@ def test_many_segments_are_laid_out_once(fuser, monkeypatch):
     monkeypatch.setattr(PackedPrompt, "_encode_segment", encode)
     fuser.stream(segments=segments, suffix="A:", methods="concat", max_new_tokens=1).close()
     prompts = {id(self) for self, *_ in asked}
+    assert prompts
     assert len(asked) == len(segments) * len(prompts)
 
 
