@@ -44,7 +44,7 @@ WAYS = {
     },
 }
 # Beyond so many rows a reduction takes minutes to no end.
-MAX_REDUCTION_ROWS = 16
+MAX_REDUCTION_ROWS = 8
 
 
 def main(argv: list[str] | None = None) -> int:

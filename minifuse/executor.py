@@ -34,8 +34,8 @@ PREFILL_BLOCK = 32
 DECODE_BLOCKS = {1: 1, 8: 8, 32: 32}
 SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
 # What a call costs beside its tokens, and what a place that none of them takes, in tokens; and the
-# cost of a call of one token, which is less than any other's. Between what was measured
-# on two cores with AVX2 in float32 and int4 (docs/performance.md, "Calls").
+# cost of a call of one token, which is less than any other's. Between what was measured on two
+# cores with AVX2 in float32 and int4 (docs/performance.md, "Calls").
 CALL_COST = 20
 PADDING_COST = 0.3
 SINGLE_COST = 15
