@@ -38,7 +38,7 @@ SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
 # cores with AVX2 in float32 and int4 (docs/performance.md, "Calls").
 CALL_COST = 20
 PADDING_COST = 0.3
-SINGLE_COST = 15
+SINGLE_COST = 11
 # Up to so many tokens go through the decode graph: one graph less to compile.
 MAX_DECODE_TOKENS = 128
 # Inductor inlines a norm into the matrix product behind it, and computes it anew for every output

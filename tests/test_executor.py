@@ -56,7 +56,7 @@ def test_long_passes_take_the_largest_size():
 
 
 @pytest.mark.parametrize(
-    ("length", "plan"), [(1, (1,)), (2, (8,)), (9, (32,)), (33, (32, 1)), (36, (32, 8))]
+    ("length", "plan"), [(1, (1,)), (2, (1, 1)), (3, (8,)), (33, (32, 1)), (36, (32, 8))]
 )
 def test_a_few_tokens_go_in_few_calls(length, plan):
     assert plan_calls(length, tuple(DECODE_BLOCKS)) == plan

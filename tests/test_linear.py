@@ -1,10 +1,15 @@
 """Products with floats and quantized weights, each way of them against the slow twin."""
 
+import math
+import re
+
 import pytest
 import reference
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
+from minifuse.executor import CPU_OPTIONS
 from minifuse.linear import (
     INT4_KERNEL_ROWS,
     INT8_KERNEL_ROWS,
@@ -15,6 +20,7 @@ from minifuse.linear import (
     embed,
     linear,
 )
+from minifuse.model import rms_norm
 from minifuse.quantize import QuantizedTensor, pack, quantize_weight
 
 WIDTH = 96
@@ -79,10 +85,36 @@ def test_compiled(kind, dtype, count):
     x = torch.randn(1, count, WIDTH).to(dtype)
     bias = torch.randn(len(exact)).to(dtype)
     torch._dynamo.reset()  # graphs of other cases count against a limit
-    y = torch.compile(linear, fullgraph=True, dynamic=False)(x, weight, bias)
-    assert (y.dtype, y.shape) == (dtype, (1, count, len(exact)))
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def with_and_without_bias(x: Tensor) -> tuple[Tensor, Tensor]:
+        return linear(x, weight, bias), linear(x, weight)
+
     limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
-    check_product(y, x, exact, bias, is_rounded=kind != "float" and count > limit)
+    for y, added in zip(with_and_without_bias(x), (bias, None), strict=True):
+        assert (y.dtype, y.shape) == (dtype, (1, count, len(exact)))
+        check_product(y, x, exact, added, is_rounded=kind != "float" and count > limit)
+
+
+@pytest.mark.parametrize("count", [1, REDUCTION_ROWS])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_few_rows_are_one_loop_over_the_weight(dtype, count):
+    """Behind a norm, as in a layer: neither is the norm computed anew for each output, nor do the
+    products of a row and the weight go through memory."""
+    weight, norm = torch.randn(192, WIDTH).to(dtype), torch.randn(WIDTH).to(dtype)
+
+    def layer(x: Tensor) -> Tensor:
+        return linear(rms_norm(x, norm, 1e-5), weight)
+
+    x = torch.randn(1, count, WIDTH).to(dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, options=CPU_OPTIONS)
+    y, (code,) = run_and_get_code(compiled, x)
+    check_product(y, rms_norm(x, norm, 1e-5), weight.double(), None, is_rounded=True)
+    buffers = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+    sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in buffers]
+    assert count * WIDTH in sizes, "the norm has no buffer of its own"
+    assert max(sizes) == count * len(weight), "products are kept in memory"
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -16,7 +16,6 @@ from minifuse.model import (
     Params,
     fold_queries,
     forward_plain,
-    linear,
     rms_norm,
     unfold_queries,
 )
@@ -292,22 +291,6 @@ def test_fold_and_unfold():
             for g in range(3):
                 assert torch.equal(folded[:, k, t * 3 + g], heads[:, t, k * 3 + g])
     assert torch.equal(unfold_queries(folded, 3), heads.reshape(2, 3, 24))
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compiled_product_of_one_row(has_bias, dtype):
-    """A few rows on the CPU take a path of their own once compiled."""
-    x = torch.randn(1, 1, 48, dtype=dtype)
-    weight = torch.randn(32, 48, dtype=dtype)
-    bias = torch.randn(32, dtype=dtype) if has_bias else None
-    compiled = torch.compile(linear, fullgraph=True, dynamic=False)(x, weight, bias)
-    assert compiled.dtype == dtype
-    assert compiled.shape == (1, 1, 32)
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    # 48 products summed in float32 or better, then one rounding to the dtype.
-    error = torch.finfo(dtype).eps / 2 * exact.abs() + 48 * 2**-24 * 48**0.5 * 4
-    assert ((compiled.double() - exact).abs() <= error).all()
 
 
 def test_tied_heads_share_their_memory(load):

@@ -299,10 +299,13 @@ def test_the_last_line_is_json(whole_run):
 
 @pytest.mark.slow
 def test_targets_without_lengths_find_their_rows(whole_run):
-    """What a tiny run cannot have: other lengths, llama.cpp, and quantized weights."""
+    """What a tiny run cannot have: other lengths, llama.cpp, quantized weights, and growth in more
+    than one dtype."""
     found = json.loads(whole_run[0][-1])
     for target in found["targets"]:
         name = target["name"]
+        if name.startswith("S5") and "float32" in name:
+            continue
         if not any(word in name for word in ("live tokens: ", "S3", "S4", "int4", "(d)")):
             assert target["ratio"] is not None, name
 

@@ -142,31 +142,33 @@ def _prefill() -> Iterable[Target]:
 
 
 def _growth() -> Iterable[Target]:
-    yield Target(
-        "S5 one fused step, N = 16 against N = 1, equal live tokens",
-        Key("S5", "one step by N", ours("fused", "N = 16"), BF16),
-        Key("S5", "one step by N", ours("fused", "N = 1"), BF16),
-        1.1,
-        is_limit=True,
-    )
-    yield Target(
-        "S5 all methods against logit_avg alone, N = 5",
-        Key("S5", "methods", ours(ALL), BF16),
-        Key("S5", "methods", ours("logit_avg"), BF16),
-        2.5,
-        is_limit=True,
-    )
+    for dtype in (FP32, BF16):
+        yield Target(
+            f"S5 one fused step {dtype}, N = 16 against N = 1, equal live tokens",
+            Key("S5", "one step by N", ours("fused", "N = 16"), dtype),
+            Key("S5", "one step by N", ours("fused", "N = 1"), dtype),
+            1.1,
+            is_limit=True,
+        )
+        yield Target(
+            f"S5 all methods {dtype} against logit_avg alone, N = 5",
+            Key("S5", "methods", ours(ALL), dtype),
+            Key("S5", "methods", ours("logit_avg"), dtype),
+            2.5,
+            is_limit=True,
+        )
 
 
 def _start_up() -> Iterable[Target]:
-    for cache, target in (("empty", 25.0), ("warm", 6.0)):
-        yield Target(
-            f"S6 first answer, {cache} compile cache, in seconds (an aim)",
-            Key("S6", cache, ours("fused"), BF16),
-            None,
-            target,
-            is_limit=True,
-        )
+    for dtype in (FP32, BF16):
+        for cache, target in (("empty", 25.0), ("warm", 6.0)):
+            yield Target(
+                f"S6 first answer {dtype}, {cache} compile cache, in seconds (an aim)",
+                Key("S6", cache, ours("fused"), dtype),
+                None,
+                target,
+                is_limit=True,
+            )
 
 
 TARGETS: tuple[Target, ...] = (
