@@ -64,7 +64,7 @@ def _parts(report: dict) -> Iterator[list[str]]:
 def _start_up(report: dict) -> Iterator[str]:
     yield _row("load", report["load_s"], "s")
     yield _row("first request", report["first_request_s"], "s")
-    yield _row("  of that compiling", report["compile"]["compile_s"], "s")
+    yield _row("  of that compiling", report["first_compile_s"], "s")
     for name, times in report.get("compile_times", {}).items():
         yield _row(f"new process, {name} compile cache", times["process_s"], "s")
         yield _row("  of that compiling", times["compile_s"], "s")

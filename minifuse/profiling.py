@@ -26,6 +26,7 @@ from minifuse.cache import cache_bytes
 from minifuse.config import ModelConfig
 from minifuse.engine import Fuser
 from minifuse.executor import PREFILL_BLOCK, PREFILL_SIZES
+from minifuse.linear import HAS_BF16_PRODUCTS
 from minifuse.masks import Labels, make_mask, make_tables, write_rules
 from minifuse.pool import LABEL_COUNTS, MIN_SLOTS
 from minifuse.recompiles import count_graph_breaks, explain_recompiles
@@ -93,6 +94,7 @@ def profile(
     with listen() as spans:
         fuser.generate_batch([request], **_options(size))
     report["first_request_s"] = time.perf_counter() - start
+    report["first_compile_s"] = fuser.executor.compile_s
     say("requests")
     report["request_ms"] = measure_request(fuser, size, options.repeats)
     report["batch"] = measure_batch(fuser, size, options)
@@ -302,9 +304,12 @@ def make_timeline(fuser: Fuser, size: TrialSize) -> list[dict]:
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict:
     """How fast this machine reads memory, and multiplies: bytes/s and FLOP/s, best of a few.
 
-    A sum over a large tensor, and a large matrix product in the model's dtype, with as many
-    threads as the model has.
+    A sum over a large tensor, and a large matrix product in the dtype that the model's products
+    are computed in (float32 where the CPU multiplies no bfloat16), with as many threads as the
+    model has.
     """
+    if dtype == torch.bfloat16 and device.type == "cpu" and not HAS_BF16_PRODUCTS:
+        dtype = torch.float32
     with torch.inference_mode():
         numbers = torch.ones(READ_BYTES // 4, device=device)
         read_s = min(_seconds(numbers.sum, device) for _ in range(5))

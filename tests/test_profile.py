@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import clear_compilation_metrics
 
 import minifuse
+from minifuse import profiling
 from minifuse.config import ModelConfig
 from minifuse.profile_report import bars_of, format_profile, plot_profile
 from minifuse.profiling import (
@@ -56,6 +57,7 @@ def test_the_report_is_json_and_sane(report):
         "request",
         "load_s",
         "first_request_s",
+        "first_compile_s",
         "request_ms",
         "batch",
         "context",
@@ -152,6 +154,22 @@ def test_ceilings_are_measured():
     found = measure_ceilings(torch.device("cpu"), torch.float32)
     assert 1e8 < found["bytes_per_s"] < 1e13
     assert 1e8 < found["flops_per_s"] < 1e15
+
+
+def test_the_ceiling_of_products_is_that_of_the_dtype_they_are_computed_in(monkeypatch):
+    """Or steps would reach several times of it."""
+    dtypes = []
+
+    def ones(*shape, dtype=torch.float32, device=None):
+        dtypes.append(dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(profiling, "PRODUCT_SIZES", (8,))
+    for has_products, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(profiling, "HAS_BF16_PRODUCTS", has_products)
+        measure_ceilings(torch.device("cpu"), torch.bfloat16)
+        assert dtypes[-1] == wanted
 
 
 # Stages
