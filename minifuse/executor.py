@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minifuse.cache import KVCache, allocate_cache, mark_static, move_keys
 from minifuse.config import ModelConfig
-from minifuse.linear import HAS_BF16_PRODUCTS
+from minifuse.linear import fast_dtype
 from minifuse.masks import Labels, Tables, make_mask
 from minifuse.model import LayerMasks, Params, forward, query_block_tokens, unembed
 from minifuse.pool import Buffers, Lease, Pool, Size
@@ -35,7 +35,8 @@ DECODE_BLOCKS = {1: 1, 8: 8, 32: 32}
 SHARED_DECODE_BLOCKS = {1: 1, 8: 1, 32: 4, 128: 8}
 # What a call costs beside its tokens, and what a place that none of them takes, in tokens; and the
 # cost of a call of one token, which is less than any other's. Between what was measured on two
-# cores with AVX2 in float32 and int4 (docs/performance.md, "Calls").
+# cores with AVX2 in float32 and int4; that two single calls stand for two tokens is by bfloat16
+# (docs/performance.md, "Calls").
 CALL_COST = 20
 PADDING_COST = 0.3
 SINGLE_COST = 11
@@ -192,9 +193,8 @@ class Executor:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What attention runs in: float32 where the CPU has no instructions for bfloat16."""
-        is_slow = self.dtype == torch.bfloat16 and self.device.type == "cpu"
-        return torch.float32 if is_slow and not HAS_BF16_PRODUCTS else self.dtype
+        """What attention runs in, wider than the weights where that is faster."""
+        return fast_dtype(self.dtype, self.device)
 
     @property
     def compile_s(self) -> float:

@@ -96,9 +96,15 @@ def _is_reduction(rows: Tensor) -> bool:
     return is_compiled and rows.shape[0] <= REDUCTION_ROWS
 
 
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to compute in: float32 for bfloat16 on a CPU without instructions for it."""
+    is_slow = dtype == torch.bfloat16 and device.type == "cpu" and not HAS_BF16_PRODUCTS
+    return torch.float32 if is_slow else dtype
+
+
 def _product_dtype(rows: Tensor) -> torch.dtype:
-    is_slow = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and not HAS_BF16_PRODUCTS
-    return torch.float32 if is_slow and rows.shape[0] >= WIDENED_ROWS else rows.dtype
+    is_widened = rows.shape[0] >= WIDENED_ROWS
+    return fast_dtype(rows.dtype, rows.device) if is_widened else rows.dtype
 
 
 def _product(

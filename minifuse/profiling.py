@@ -26,7 +26,7 @@ from minifuse.cache import cache_bytes
 from minifuse.config import ModelConfig
 from minifuse.engine import Fuser
 from minifuse.executor import PREFILL_BLOCK, PREFILL_SIZES
-from minifuse.linear import HAS_BF16_PRODUCTS
+from minifuse.linear import fast_dtype
 from minifuse.masks import Labels, make_mask, make_tables, write_rules
 from minifuse.pool import LABEL_COUNTS, MIN_SLOTS
 from minifuse.recompiles import count_graph_breaks, explain_recompiles
@@ -308,8 +308,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict:
     are computed in (float32 where the CPU multiplies no bfloat16), with as many threads as the
     model has.
     """
-    if dtype == torch.bfloat16 and device.type == "cpu" and not HAS_BF16_PRODUCTS:
-        dtype = torch.float32
+    dtype = fast_dtype(dtype, device)
     with torch.inference_mode():
         numbers = torch.ones(READ_BYTES // 4, device=device)
         read_s = min(_seconds(numbers.sum, device) for _ in range(5))

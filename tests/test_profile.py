@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import clear_compilation_metrics
 
 import minifuse
-from minifuse import profiling
+from minifuse import linear, profiling
 from minifuse.config import ModelConfig
 from minifuse.profile_report import bars_of, format_profile, plot_profile
 from minifuse.profiling import (
@@ -165,9 +165,10 @@ def test_the_ceiling_of_products_is_that_of_the_dtype_they_are_computed_in(monke
         return torch.zeros(shape, dtype=dtype, device=device)
 
     monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(profiling, "READ_BYTES", 64)
     monkeypatch.setattr(profiling, "PRODUCT_SIZES", (8,))
     for has_products, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(profiling, "HAS_BF16_PRODUCTS", has_products)
+        monkeypatch.setattr(linear, "HAS_BF16_PRODUCTS", has_products)
         measure_ceilings(torch.device("cpu"), torch.bfloat16)
         assert dtypes[-1] == wanted
 
