@@ -142,4 +142,5 @@ def _generation(
         layout=layout,
         timings=timings,
         recompiles=recompiles,
+        attribution=state.attribution,
     )

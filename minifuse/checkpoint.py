@@ -6,7 +6,7 @@ memory-mapped file straight into its rows of the stack, so no second copy of the
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -313,6 +313,60 @@ def load_params(
     if wanted.quantize != config.quantize:
         tensors = quantize_tensors(tensors, wanted)
     return params_from_tensors(tensors, wanted, dtype, device)
+
+
+def open_params(
+    folder: Path | str, config: ModelConfig, dtype: torch.dtype, quantize: str | None = None
+) -> Params:
+    """Params that are read as they are asked for, a layer at a time; nothing is kept.
+
+    As floats: a quantized weight comes as the f32 that it stands for, others have `dtype`. Beside
+    `load_params` it goes another way from file to layer, so that one can check the other.
+
+    arguments, raises: as in `load_params`
+    """
+    stored = find_tensors(folder)
+    check_stored(Path(folder), stored, config)
+    layers = _StoredLayers(stored, config, dtype, quantize)
+    embed = layers.read(_EMBED)
+    lm_head = embed if config.tie_word_embeddings else layers.read(_LM_HEAD)
+    return Params(embed, layers, layers.read(_FINAL_NORM), lm_head)
+
+
+class _StoredLayers(Sequence[LayerParams]):
+    def __init__(
+        self,
+        stored: dict[str, StoredTensor],
+        config: ModelConfig,
+        dtype: torch.dtype,
+        quantize: str | None,
+    ):
+        self._stored, self._config, self._dtype = stored, config, dtype
+        self._wanted = config.quantized(quantize)
+        self._stored_kinds, self._wanted_kinds = map(weight_kinds, (config, self._wanted))
+
+    def __len__(self) -> int:
+        return self._config.num_hidden_layers
+
+    def __getitem__(self, index: int) -> LayerParams:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        prefix = f"model.layers.{index}."
+        return LayerParams(
+            **{
+                field: torch.cat([self.read(prefix + name) for name, _ in parts])
+                for field, parts in _layer_table(self._config).items()
+            }
+        )
+
+    def read(self, name: str) -> Tensor:
+        """One of the hub's tensors as floats."""
+        names = _stored_parts(name, (0, 0), self._stored_kinds.get(name))
+        tensors = read_tensors({part: self._stored[part] for part in names})
+        if self._wanted.quantize != self._config.quantize:
+            tensors = quantize_tensors(tensors, self._wanted)
+        ((_, tensor),) = dequantize_tensors(tensors)
+        return tensor if name in self._wanted_kinds else tensor.to(self._dtype)
 
 
 def stored_dtype(folder: Path | str, stored: dict[str, StoredTensor] | None = None) -> torch.dtype:

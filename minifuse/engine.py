@@ -10,10 +10,12 @@ import time
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
 import torch
+from torch import Tensor
 
 from minifuse.answers import (
     CountedResults,
@@ -23,6 +25,7 @@ from minifuse.answers import (
     start_answers,
     vote_events,
 )
+from minifuse.attribution import attribute
 from minifuse.cache import KVCache, cache_bytes, read_slots, write_slots
 from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
@@ -49,13 +52,22 @@ from minifuse.request import (
     Options,
     Plan,
     Request,
+    check_token_ids,
     encode_continuations,
     make_frame,
     make_job,
     make_plan,
 )
 from minifuse.results import StreamEvent
-from minifuse.scoring import Scores, score_targets, scores_of, scoring_labels, scoring_slots
+from minifuse.scoring import (
+    Scores,
+    by_method,
+    score_targets,
+    scores_of,
+    scoring_labels,
+    scoring_slots,
+    target_logprobs,
+)
 from minifuse.stages import stage
 
 STORED_PREFIXES = 4
@@ -228,20 +240,59 @@ class Fuser:
         returns: a number per continuation; for `per_prompt` such a list for each segment
         raises:  as `generate`
         """
+        targets = encode_continuations(self.model.tokenizer, continuations)
+        request = Request(segments, prefix, suffix, weights)
+        with self._run_prompt(request, targets, options) as (pool, job):
+            score_targets(self.executor, pool, [job])
+        return scores_of(job, job.num_segments)
+
+    def distributions(
+        self,
+        *,
+        segments: Sequence[str],
+        continuation: str | Sequence[int],
+        prefix: str = "",
+        suffix: str = "",
+        weights: Sequence[float] | str | None = None,
+        **options: Unpack[FusionOptions],
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Each method's whole next-token distributions along a continuation, teacher-forced.
+
+        continuation: text, or its n token ids
+        returns: natural log-probabilities f32[n, V] before each of its tokens; for `per_prompt` a
+                 list, one for each segment
+        raises:  as `score`
+        """
+        if isinstance(continuation, str):
+            (token_ids,) = encode_continuations(self.model.tokenizer, [continuation])
+        else:
+            token_ids = check_token_ids(continuation, self.model.config.vocab_size)
+        request = Request(segments, prefix, suffix, weights)
+        with self._run_prompt(request, [token_ids], options) as (pool, job):
+            forced = target_logprobs(self.executor, pool, [job])
+            found = {answer: logprobs for _, answer, _, logprobs in forced}
+        return by_method(job, job.num_segments, found)
+
+    @contextmanager
+    def _run_prompt(
+        self, request: Request, targets: Sequence[tuple[int, ...]], options: FusionOptions
+    ) -> Iterator[tuple[Pool, Job]]:
+        """A request whose prompt has been run, for tokens to be forced on.
+
+        raises: UsageError where its methods have no distribution
+        """
         methods = options.get("methods", (FusionMethod.FUSED,))
         names = [methods] if isinstance(methods, str) else list(methods)
         if FusionMethod.VOTE in names:
             raise UsageError("vote has no probabilities to score by; leave it out of methods")
         parsed = [m for m in parse_methods(names) if m is not FusionMethod.VOTE]
-        targets = encode_continuations(self.model.tokenizer, continuations)
         plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=1)
-        job = self._make_job(Request(segments, prefix, suffix, weights), plan, targets)
+        job = self._make_job(request, plan, targets)
         size, _ = self._plan_batch([job], 1)
         with self.executor.pool(size) as pool, torch.inference_mode():
             self._admit(pool, deque([(0, job)]), 1)
             prefill(self.executor, pool, [job])
-            score_targets(self.executor, pool, [job])
-        return scores_of(job, job.num_segments)
+            yield pool, job
 
     def forget_prefixes(self) -> None:
         """Drop the stored prefixes: the next request computes its own anew."""
@@ -378,6 +429,9 @@ class Fuser:
                     else:
                         job.decode_ms.append(share)
                     if not job.live:
+                        if job.plan.attribution:
+                            attribute(executor, pool, job)
+                            clock.lap_ms()
                         timings = {
                             "load_s": self.load_s,
                             "compile_s": executor.compile_s - compile_s,
@@ -447,7 +501,9 @@ class Fuser:
             for state in job.states.values():
                 logits = [job.view_logits[view.suffix] for view in state.views]
                 answers.append((index, job, state, logits))
-            job.view_logits.clear()  # megabytes, while a job stays until the last of them is done
+            if not job.plan.attribution:
+                # Megabytes, while a job stays until the last of them is done.
+                job.view_logits.clear()
         return extend_answers(answers)
 
     @stage("step")

@@ -7,7 +7,7 @@ which changes nothing: a token sees earlier slots alone, and those are in the ca
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minifuse.attention_mass import attention_mass
 from minifuse.cache import KVCache, allocate_cache, mark_static, move_keys
 from minifuse.config import ModelConfig
 from minifuse.linear import fast_dtype
-from minifuse.masks import Labels, Tables, make_mask
+from minifuse.masks import Labels, Tables, make_dense_bias, make_mask
 from minifuse.model import LayerMasks, Params, forward, query_block_tokens, unembed
 from minifuse.pool import Buffers, Lease, Pool, Size
 from minifuse.precompiled import Step, precompile
@@ -260,6 +261,40 @@ class Executor:
         pool.key_positions[target] = pool.key_positions[source] + turns
         inv_freq = _each_inv_freq(groups, padding=0)
         move_keys(pool.cache, source[None], target[None], turns[None], inv_freq[None])
+
+    @torch.inference_mode()
+    def attention_mass(
+        self,
+        pool: Pool,
+        lease: Lease,
+        tokens: Sequence[Token],
+        parts: Mapping[int, int],
+        num_parts: int,
+    ) -> Tensor:
+        """How much attention tokens that have been run gave to each part, f32[L, n, num_parts].
+
+        parts: the request's label -> number of the part that its keys belong to
+        """
+        rows = [(t.id, t.position, lease.slots[t.slot], lease.labels[t.label]) for t in tokens]
+        token_ids, positions, slots, labels = _upload(rows, self.device).unbind(-1)
+        # What no part claims is hidden from these tokens, and comes to no mass.
+        of_label = torch.full((pool.size.labels,), num_parts, device=self.device)
+        for label, part in parts.items():
+            of_label[lease.labels[label]] = part
+        known = Labels(labels, slots, positions, pool.key_labels, pool.key_positions)
+        mass = attention_mass(
+            self.params,
+            self.config,
+            token_ids,
+            positions,
+            lease.inv_freq,
+            pool.cache,
+            make_dense_bias(known, pool.tables),
+            make_dense_bias(known, pool.tables, self.config.sliding_window),
+            of_label[pool.key_labels],
+            num_parts + 1,
+        )
+        return mass[..., :num_parts]
 
     @torch.inference_mode()
     def unembed(self, hidden: Tensor) -> Tensor:

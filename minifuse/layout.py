@@ -13,7 +13,7 @@ of one, and one fused view that finds its segments aligned:
 seg 0' is seg 0 moved on by one position, so that both segments end right before the suffix.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from minifuse.errors import UsageError
@@ -99,17 +99,33 @@ class PackedPrompt:
     """Hands out slots and labels as the parts of a request are asked for; equal parts are shared.
 
     sees:    for every label the labels that it sees, each with the bias on those scores
-    pending: spans placed but not yet run through the model, in slot order
+    spans:   every span that has been placed, in slot order
+    pending: those not yet run through the model
     moves:   segment copies not yet made
+    copies:  for the label of every such copy, made or not, that of its source
     """
 
     prompt: Prompt
     sees: dict[int, dict[int, float]] = field(default_factory=lambda: {0: {0: 0.0}})
+    spans: list[Span] = field(default_factory=list)
     pending: list[Span] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
+    copies: dict[int, int] = field(default_factory=dict)
     num_slots: int = 1
     num_labels: int = 1
     _shared: dict = field(default_factory=dict)
+
+    def copy(self) -> "PackedPrompt":
+        """The same layout, to be gone on with in another way."""
+        return replace(
+            self,
+            sees=dict(self.sees),
+            spans=list(self.spans),
+            pending=list(self.pending),
+            moves=list(self.moves),
+            copies=dict(self.copies),
+            _shared=dict(self._shared),
+        )
 
     def prefix(self) -> Span | None:
         """The shared prefix, None where it is empty."""
@@ -216,6 +232,7 @@ class PackedPrompt:
             position = alone.first_position + turn
             target = self._place(Part.SEGMENT, index, label, alone.token_ids, position)
             self.moves.append(Move(alone, target, turn))
+            self.copies[label] = alone.label
             self._shared[Move, index, turn] = target
         return self._shared[Move, index, turn]
 
@@ -239,7 +256,9 @@ class PackedPrompt:
         self, part: Part, index: int | None, label: int, token_ids: tuple[int, ...], position: int
     ) -> Span:
         slots = self.take_slots(len(token_ids))
-        return Span(part, index, label, slots.start, position, token_ids)
+        span = Span(part, index, label, slots.start, position, token_ids)
+        self.spans.append(span)
+        return span
 
     def _new_label(self, sees: dict[int, float]) -> int:
         label = self.num_labels

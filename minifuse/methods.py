@@ -7,7 +7,7 @@ the first of `per_prompt`, `weighted_max` that of the heaviest segment, `vote` r
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from minifuse.config import is_finite
@@ -217,9 +217,41 @@ def make_answers(
         indices = (0,)
     elif spec.sees is Sees.HEAVIEST:
         indices = (max(everyone, key=lambda i: (own[i], segment_ids[i])),)
-    return tuple(
-        Answer(FusionMethod.PER_PROMPT, i, (single_view(i),), Reduction.NONE) for i in indices
-    )
+    return tuple(map(alone_answer, indices))
+
+
+def alone_answer(index: int) -> Answer:
+    """The answer behind one segment's plain prompt."""
+    return Answer(FusionMethod.PER_PROMPT, index, (single_view(index),), Reduction.NONE)
+
+
+def leave_out(answer: Answer, index: int) -> Answer | None:
+    """The same answer without a segment, the weights of the others scaled up.
+
+    Streams that see it alone are left out, others see the rest of theirs; None where nothing is
+    left. What was encoded stays: the later segments of `concat` have read the one left out.
+    """
+    if len(answer.views) > 1:
+        kept = [i for i, view in enumerate(answer.views) if view.indices != (index,)]
+        weights = answer.weights
+        if weights is not None:
+            total = sum(weights[i] for i in kept)
+            if total == 0:
+                return None
+            weights = tuple(weights[i] / total for i in kept)
+        return replace(answer, views=tuple(answer.views[i] for i in kept), weights=weights)
+    (view,) = answer.views
+    shares = [
+        0.0 if i == index else math.exp(bias)
+        for i, bias in zip(view.indices, view.biases, strict=True)
+    ]
+    if sum(shares) == 0:
+        return None
+    lift = 0.0
+    if SPECS[answer.method].weighting is not Weighting.NONE:
+        lift = math.log(sum(map(math.exp, view.biases)) / sum(shares))
+    biases = tuple(math.log(share) + lift if share else -math.inf for share in shares)
+    return replace(answer, views=(replace(view, biases=biases),))
 
 
 def _biases(weights: tuple[float, ...], balance: float) -> tuple[float, ...]:

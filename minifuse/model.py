@@ -238,6 +238,26 @@ def attention_block(
 
     Attention runs in the dtype of the cache, which may be wider than x's.
     """
+    q, k, v = project_heads(x, layer, keys, rotation, live, eps)
+    write_cache(keys, slots, k)
+    write_cache(values, slots, v)
+    attended = unfold_queries(attend(q, keys, values, mask, scale), x.shape[1]).to(x.dtype)
+    return linear(attended, layer.wo, layer.bo, live)
+
+
+def project_heads(
+    x: Tensor,
+    layer: LayerParams,
+    keys: Tensor,
+    rotation: Rotation,
+    live: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Folded queries, keys and values of new tokens, rotated, in the cache's dtype.
+
+    keys:    float[B, K, S, D] of the cache, for its shape and dtype alone
+    returns: float[B, K, T * G, D], and two of float[B, K, T, D]
+    """
     B, T, _ = x.shape
     K, D = keys.shape[1], keys.shape[3]
     qkv = linear(x, layer.wqkv, layer.bqkv, live).view(B, T, -1, D)
@@ -249,11 +269,7 @@ def attention_block(
     # Rotated after the fold: Inductor picks the kernel by the shape that q has in memory, and
     # wants that shape to be the folded one.
     q = apply_rope(fold_queries(q, K), rotation.query_cos, rotation.query_sin)
-    k = apply_rope(k.transpose(1, 2), rotation.cos, rotation.sin)
-    write_cache(keys, slots, k)
-    write_cache(values, slots, v.transpose(1, 2))
-    attended = unfold_queries(attend(q, keys, values, mask, scale), T).to(x.dtype)
-    return linear(attended, layer.wo, layer.bo, live)
+    return q, apply_rope(k.transpose(1, 2), rotation.cos, rotation.sin), v.transpose(1, 2)
 
 
 def mlp_block(x: Tensor, layer: LayerParams, live: Tensor | None = None) -> Tensor:

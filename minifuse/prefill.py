@@ -31,7 +31,7 @@ def prefill(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
     _run_moves(executor, pool, jobs)
     for job in jobs:
         job.place_signal_views()
-    _run_views(executor, pool, jobs)
+    run_views(executor, pool, jobs)
     for job, states, own in zip(jobs, hidden, spans, strict=True):
         values = None
         if job.needs_signal and job.signal == "likelihood":
@@ -40,7 +40,7 @@ def prefill(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
             values = _confidence(job)
         job.set_weights(values)
         job.place_views()
-    _run_views(executor, pool, jobs)
+    run_views(executor, pool, jobs)
 
 
 def write_rules(pool: Pool, jobs: Iterable[Job]) -> None:
@@ -82,7 +82,7 @@ def _copies_of(job: Job) -> list[Copy]:
 
 
 @stage("views")
-def _run_views(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
+def run_views(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
     """Run the pending suffixes; the logits of each one's last token go to `view_logits`."""
     spans = [job.packed.take_pending() for job in jobs]
     if not any(spans):

@@ -25,6 +25,8 @@ from minifuse.methods import (
     SegmentWeights,
     ViewRequest,
     Weighting,
+    alone_answer,
+    leave_out,
     make_answers,
     needs_weights,
     normalise_weights,
@@ -32,7 +34,7 @@ from minifuse.methods import (
     single_view,
 )
 from minifuse.pool import Lease
-from minifuse.results import LayoutEntry, TextBuilder
+from minifuse.results import Attribution, LayoutEntry, TextBuilder
 from minifuse.tokenizer import Tokenizer
 
 
@@ -53,7 +55,13 @@ class FusionOptions(TypedDict, total=False):
 
 
 class Options(FusionOptions, total=False):
-    """What a call that generates may say besides; defaults are those of `GenerationConfig`."""
+    """What a call that generates may say besides; defaults are those of `GenerationConfig`.
+
+    attribution: find out what each segment did for every answer, see `results.Attribution`; one
+                 more pass for each (default: False)
+    """
+
+    attribution: bool
 
     max_new_tokens: int
     temperature: float
@@ -86,6 +94,7 @@ class Plan:
     fusion: FusionConfig
     generation: GenerationConfig
     chat: ChatConfig | None
+    attribution: bool = False
 
     @property
     def positions(self) -> Encoding:
@@ -102,14 +111,16 @@ def make_plan(
     chat: bool = False,
     system: str | None = None,
     chat_variables: Mapping[str, object] | None = None,
+    attribution: bool = False,
     **generation: Unpack[Options],
 ) -> Plan:
     """Check and sort the options of a call.
 
     raises: UsageError for a bad value, TypeError for an option that does not exist.
     """
-    if not isinstance(chat, bool):
-        raise UsageError(f"chat is {chat!r}; wanted True or False")
+    for name, flag in (("chat", chat), ("attribution", attribution)):
+        if not isinstance(flag, bool):
+            raise UsageError(f"{name} is {flag!r}; wanted True or False")
     if not chat and (system is not None or chat_variables):
         name = "chat_variables" if system is None else "system"
         raise UsageError(f"{name} is for a chat template; wanted chat beside it")
@@ -118,6 +129,7 @@ def make_plan(
         FusionConfig(positions=positions, beta=beta, balance=balance),
         GenerationConfig(**generation),
         ChatConfig(system, chat_variables or {}) if chat else None,
+        attribution,
     )
 
 
@@ -179,6 +191,7 @@ class AnswerState:
     lines:   one for each view
     weights: the answer's own, f32[R] on the device
     rows:    of `lines`, where their logits are among those of the step that is running
+    attribution: found when the whole job is done, where it is asked for
     """
 
     answer: Answer
@@ -188,6 +201,7 @@ class AnswerState:
     generator: torch.Generator | None
     weights: Tensor | None
     rows: list[int] = field(default_factory=list)
+    attribution: Attribution | None = None
 
     @property
     def is_live(self) -> bool:
@@ -325,6 +339,28 @@ class Job:
             for request in answer.views:
                 self.view(request)
 
+    def make_trial(self, answer: Answer, token_ids: tuple[int, ...]) -> "Job":
+        """The same request with an answer's tokens as its target, to be scored under that answer,
+        without each segment, and behind each alone.
+
+        Its layout goes on behind the request's own, which stays as it is.
+        """
+        packed = self.packed.copy()
+        indices = range(self.num_segments)
+        variants = [answer, *(leave_out(answer, i) for i in indices), *map(alone_answer, indices)]
+        found = tuple(variant for variant in dict.fromkeys(variants) if variant is not None)
+        trial = replace(
+            self,
+            packed=packed,
+            targets=(token_ids,),
+            consumers={(0, answer.method): found},
+            view_logits=dict(self.view_logits),
+        )
+        for variant in trial.answers:
+            for request in variant.views:
+                trial.view(request)
+        return trial
+
     def view(self, request: ViewRequest) -> View:
         return self.packed.view(request.encoding, request.indices, request.biases)
 
@@ -400,7 +436,14 @@ class Job:
                         f"{prompt_end} and {new_tokens} new tokens; the model has "
                         f"{max_positions}: shorten one or the other"
                     )
-        self.extent = Extent(dry.packed.num_slots, dry.packed.num_labels, positions, len(views))
+        slots, labels = dry.packed.num_slots, dry.packed.num_labels
+        if self.plan.attribution:
+            for answer in dry.answers:
+                trial = dry.make_trial(answer, (0,) * new_tokens)
+                views_of_trial = {trial.view(r).suffix for a in trial.answers for r in a.views}
+                slots = max(slots, trial.packed.num_slots + len(views_of_trial) * new_tokens)
+                labels = max(labels, trial.packed.num_labels + len(views_of_trial))
+        self.extent = Extent(slots, labels, positions, len(views))
 
 
 def make_job(
@@ -482,6 +525,21 @@ def encode_continuations(
             raise UsageError(f"continuation {number} is {text!r}; wanted text")
         targets.append(tuple(tokenizer.encode(text, is_start=False)))
     return targets
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Token ids given by a user.
+
+    raises: UsageError where there is none, or one that the model does not have
+    """
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise UsageError(
+                f"a token id is {token_id!r}; wanted integers from 0 to {vocab_size - 1}"
+            )
+    if not token_ids:
+        raise UsageError("continuation is empty; wanted text, or at least one token id")
+    return tuple(token_ids)
 
 
 def _entry_of(span: Span, index: int | None) -> LayoutEntry:

@@ -28,6 +28,35 @@ class LayoutEntry:
 
 
 @dataclass(frozen=True)
+class Attribution:
+    """What each segment did for one answer; numbers for segments stand in their order.
+
+    prefix, segments, suffix, answer: shares of attention, which sum to one: means over layers,
+             heads and generated tokens; of several streams by their weights
+    without: nats by which the answer's log-probability changes when the segment is left out, the
+             others' weights scaled up; None where nothing would be left
+    alone:   the answer's log-probability behind each segment alone, in nats
+    """
+
+    prefix: float
+    segments: tuple[float, ...]
+    suffix: float
+    answer: float
+    without: tuple[float | None, ...]
+    alone: tuple[float, ...]
+
+    def to_json(self) -> dict:
+        """The fields of a JSON result."""
+        attention = {"prefix": self.prefix, "segments": list(self.segments)}
+        attention |= {"suffix": self.suffix, "answer": self.answer}
+        return {
+            "attention": attention,
+            "without": list(self.without),
+            "alone": list(self.alone),
+        }
+
+
+@dataclass(frozen=True)
 class Generation:
     """One answer of one method.
 
@@ -40,6 +69,7 @@ class Generation:
     timings:        load_s; compile_s of the call so far; prefill_ms and decode_ms of every step, of
                     which requests in flight at the same time each have an equal share
     recompiles:     graphs compiled outside of warm-up; 0 unless something is wrong
+    attribution:    None where it was not asked for, or the answer has no token
     """
 
     method: str
@@ -60,13 +90,14 @@ class Generation:
     layout: tuple[LayoutEntry, ...]
     timings: dict
     recompiles: int
+    attribution: Attribution | None = None
 
     def to_json(self, id: str | int | None = None) -> dict:
-        """The fields of a JSON result, in their order."""
+        """The fields of a JSON result, in their order; attribution where there is one."""
         weights = None
         if self.weights is not None:
             weights = {"source": self.weights_source, "values": list(self.weights)}
-        return {
+        fields = {
             "id": id,
             "method": self.method,
             "paraphrase_index": self.paraphrase_index,
@@ -85,6 +116,7 @@ class Generation:
             "timings": self.timings,
             "recompiles": self.recompiles,
         }
+        return fields | ({"attribution": self.attribution.to_json()} if self.attribution else {})
 
 
 @dataclass(frozen=True)

@@ -3,31 +3,41 @@
 Every target behind every view is a stream of its own, behind the same prefill as the answers.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from minifuse.executor import Executor, Token, is_short
 from minifuse.layout import PackedPrompt, View
-from minifuse.methods import FusionMethod
+from minifuse.methods import Answer, FusionMethod
 from minifuse.pool import LABEL_COUNTS, Pool
 from minifuse.request import Job
 from minifuse.sampling import reduce_logits
 
 # A number per continuation; for `per_prompt` such a list for each segment.
 Scores = dict[str, list[float] | list[list[float]]]
+T = TypeVar("T")
 
 
 def score_targets(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
-    """Fill `scores`: every target behind every view is a stream of its own.
-
-    As many targets at once as the tables have labels for; afterwards slots and labels are as
-    they were before.
-    """
+    """Fill `scores`: the log-probability of every target under every answer's distribution."""
     for job in jobs:
         job.scores = {answer: [] for answer in job.answers}
+    for job, answer, target, logprobs in target_logprobs(executor, pool, jobs):
+        index = torch.tensor(target, device=logprobs.device)[:, None]
+        job.scores[answer].append(float(logprobs.gather(1, index).sum()))
+
+
+def target_logprobs(
+    executor: Executor, pool: Pool, jobs: Sequence[Job]
+) -> Iterator[tuple[Job, Answer, tuple[int, ...], Tensor]]:
+    """Every answer's distributions f32[n, V] along every target of n tokens, targets in order.
+
+    Every target behind every view is a stream of its own. As many at once as the tables have labels
+    for; afterwards slots and labels are as they were before.
+    """
     counts = [_targets_at_once(job) for job in jobs]
     passes = max(-(-len(job.targets) // count) for job, count in zip(jobs, counts, strict=True))
     for i in range(passes):
@@ -35,19 +45,19 @@ def score_targets(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
             job.targets[i * count : (i + 1) * count]
             for job, count in zip(jobs, counts, strict=True)
         ]
-        _score_groups(executor, pool, jobs, groups)
+        yield from _run_groups(executor, pool, jobs, groups)
         for job in jobs:
             pool.forget_keys(job.lease, job.packed.num_slots)
 
 
-def _score_groups(
+def _run_groups(
     executor: Executor,
     pool: Pool,
     jobs: Sequence[Job],
     groups: Sequence[Sequence[tuple[int, ...]]],
-) -> None:
+) -> Iterator[tuple[Job, Answer, tuple[int, ...], Tensor]]:
     # Copies: the next group, and the answers, start from the same layouts.
-    layouts = [replace(job.packed, sees=dict(job.packed.sees)) for job in jobs]
+    layouts = [job.packed.copy() for job in jobs]
     groups_of_tokens = [
         (job.lease, _place_targets(packed, _answer_views(job), targets))
         for packed, job, targets in zip(layouts, jobs, groups, strict=True)
@@ -61,18 +71,18 @@ def _score_groups(
         run = executor.decode if has_logits else executor.prefill
         outputs = run(pool, groups_of_tokens)
     for job, targets, output in zip(jobs, groups, outputs, strict=True):
-        _read_scores(executor, job, targets, output, has_logits=has_logits)
+        for answer, target, logprobs in _read(executor, job, targets, output, has_logits):
+            yield job, answer, target, logprobs
 
 
-def _read_scores(
+def _read(
     executor: Executor,
     job: Job,
     targets: Sequence[tuple[int, ...]],
     output: Tensor | None,
-    *,
     has_logits: bool,
-) -> None:
-    """Score targets by what came of the tokens that `_place_targets` gives, in its order.
+) -> Iterator[tuple[Answer, tuple[int, ...], Tensor]]:
+    """Distributions of what came of the tokens that `_place_targets` gives, in its order.
 
     output: logits f32[n, V], or hidden states float[n, C], which become logits one target at
             a time; None where no token was run
@@ -87,11 +97,9 @@ def _read_scores(
             forced = output[start:end] if has_logits else executor.unembed(output[start:end])
             logits = torch.cat((logits, forced.view(len(views), len(target) - 1, -1)), dim=1)
             start = end
-        index = torch.tensor(target, device=logits.device)[:, None]
         for answer in job.answers:
             own = logits[[views.index(job.view(r)) for r in answer.views]]
-            logprobs = reduce_logits(own, answer.reduction, answer.weights)
-            job.scores[answer].append(float(logprobs.gather(1, index).sum()))
+            yield answer, target, reduce_logits(own, answer.reduction, answer.weights)
 
 
 def _answer_views(job: Job) -> list[View]:
@@ -137,10 +145,15 @@ def scoring_slots(job: Job) -> int:
 
 def scores_of(job: Job, count: int) -> Scores:
     """By method, with the first `count` segments."""
+    return by_method(job, count, job.scores)
+
+
+def by_method(job: Job, count: int, found: Mapping[Answer, T]) -> dict[str, T | list[T]]:
+    """What was found for each answer, by the methods that read it; `vote` has no distribution."""
     return {
-        str(method): [job.scores[answer] for answer in answers]
+        str(method): [found[answer] for answer in answers]
         if method is FusionMethod.PER_PROMPT
-        else job.scores[answers[0]]
+        else found[answers[0]]
         for (own, method), answers in job.consumers.items()
         if own == count and method is not FusionMethod.VOTE
     }

@@ -1,9 +1,9 @@
 """Slow, dense and obviously right: what the engine is compared with.
 
-No cache, no labels, no flex attention, nothing of minifuse but its weights. Every stream is one
-whole sequence that is run from the start: a plain prompt where it sees one segment, and where it
-sees several a sequence of parts whose positions, mask, bias and key turns are written down here
-from sections 1 and 2 of the design.
+Nothing of minifuse but its weights and `dense`, its second decoder, which has no cache, no labels
+and no flex attention. Every stream is one whole sequence that is run from the start: a plain prompt
+where it sees one segment, and where it sees several a sequence of parts whose positions, mask, bias
+and key turns are written down from sections 1 and 2 of the design.
 """
 
 import math
@@ -13,10 +13,19 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minifuse.dense import (
+    Passage,
+    PassagePart,
+    fused_passage,
+    lay_out,
+    plain_passage,
+    read_logits,
+    run_passages,
+)
 
 ENSEMBLES = ("logit_avg", "prob_avg", "prob_max", "weighted_avg", "weighted_prob_avg")
 FUSED = ("fused", "fused_weighted", "fused_auto", "fused_plain")
@@ -28,85 +37,16 @@ WEIGHTED = ("weighted_avg", "weighted_prob_avg", "weighted_max", "fused_weighted
 # The model
 
 
-def dense_hidden(
-    config,
-    params,
-    token_ids: Sequence[int] | Tensor,
-    positions: Sequence[int] | Tensor,
-    mask: Tensor,
-    bias: Tensor,
-    turns: Tensor | None = None,
-    rope_length: int | None = None,
-) -> Tensor:
-    """Normed hidden states of one sequence, in the dtype of the weights.
-
-    token_ids, positions: i64[T]
-    mask:    bool[T, T]   may query i see key j
-    bias:    float[T, T]  added to that score
-    turns:   i64[T, T]    how far key j is rotated on where query i sees it; None for not at all
-    rope_length: positions that the request reaches, for dynamic RoPE
-    returns: float[T, C]
-    """
-    token_ids, positions = torch.as_tensor(token_ids), torch.as_tensor(positions)
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    T = len(token_ids)
-    turns = torch.zeros(T, T, dtype=torch.long) if turns is None else turns
-    frequencies, factor = rope_by_hand(config, rope_length)
-    distances = positions[:, None] - (positions + turns)
-    x = params.embed[token_ids]
-    for index, layer in enumerate(params.layers):
-        normed = _norm(x, layer.attn_norm, config.rms_norm_eps)
-        qkv = _linear(normed, layer.wqkv, layer.bqkv).view(T, H + 2 * K, D)
-        q, k, v = qkv.split([H, K, K], dim=1)
-        if layer.q_norm is not None:
-            q = _norm(q, layer.q_norm, config.rms_norm_eps)
-            k = _norm(k, layer.k_norm, config.rms_norm_eps)
-        q = factor * _rotate(q, positions, frequencies)
-        scores = torch.zeros(H, T, T, dtype=x.dtype)
-        for turn in turns.unique().tolist():
-            turned = factor * _rotate(k, positions + turn, frequencies)
-            turned = turned.repeat_interleave(H // K, dim=1)
-            scores = torch.where(turns == turn, torch.einsum("qhd,khd->hqk", q, turned), scores)
-        scores = scores / math.sqrt(D) + bias.to(x.dtype)
-        seen = (
-            mask & (distances < config.sliding_window) if index in config.sliding_layers else mask
-        )
-        probs = scores.masked_fill(~seen, -math.inf).softmax(-1)
-        heads = torch.einsum("hqk,khd->qhd", probs, v.repeat_interleave(H // K, dim=1))
-        x = x + _linear(heads.reshape(T, H * D), layer.wo, layer.bo)
-        normed = _norm(x, layer.mlp_norm, config.rms_norm_eps)
-        gate, up = _linear(normed, layer.w_gate_up, layer.b_gate_up).chunk(2, dim=-1)
-        x = x + _linear(torch.nn.functional.silu(gate) * up, layer.w_down, layer.b_down)
-    return _norm(x, params.final_norm, config.rms_norm_eps)
-
-
-def dense_forward(
-    config,
-    params,
-    token_ids: Sequence[int] | Tensor,
-    positions: Sequence[int] | Tensor,
-    mask: Tensor,
-    bias: Tensor,
-    turns: Tensor | None = None,
-    rope_length: int | None = None,
-) -> Tensor:
-    """Logits float[T, V]; arguments as in `dense_hidden`."""
-    hidden = dense_hidden(config, params, token_ids, positions, mask, bias, turns, rope_length)
-    return hidden @ params.lm_head.T
-
-
 def plain_hidden(config, params, token_ids: Sequence[int]) -> Tensor:
     """Hidden states float[T, C] of a sequence that is nothing special."""
-    return dense_hidden(config, params, token_ids, range(len(token_ids)), *_causal(token_ids))
+    return run_passages(config, params, [plain_passage(token_ids)], params.final_norm.dtype)[0]
 
 
-def plain_forward(
-    config, params, token_ids: Sequence[int], rope_length: int | None = None
-) -> Tensor:
-    """Logits float[T, V] of a sequence that is nothing special."""
-    positions = range(len(token_ids))
-    mask, bias = _causal(token_ids)
-    return dense_forward(config, params, token_ids, positions, mask, bias, None, rope_length)
+def passage_logits(config, params, passage: Passage, rope_length: int | None = None) -> Tensor:
+    """Logits float[T, V], in the dtype of the weights."""
+    dtype = params.final_norm.dtype
+    (hidden,) = run_passages(config, params, [passage], dtype, rope_length)
+    return read_logits(params, hidden)
 
 
 def as_dtype(params, dtype: torch.dtype):
@@ -117,68 +57,6 @@ def as_dtype(params, dtype: torch.dtype):
         parts = [None if part is None else as_dtype(part, dtype) for part in params]
         return type(params)(*parts) if hasattr(params, "_fields") else tuple(parts)
     raise TypeError(type(params))
-
-
-def _causal(token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    T = len(token_ids)
-    return torch.ones(T, T, dtype=torch.bool).tril(), torch.zeros(T, T)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.T if bias is None else x @ weight.T + bias
-
-
-def _rotate(x: Tensor, positions: Tensor, frequencies: Sequence[float]) -> Tensor:
-    """RoPE of float[T, H, D], dimension i paired with i + D/2."""
-    half = len(frequencies)
-    angles = positions[:, None, None].double() * torch.tensor(frequencies, dtype=torch.float64)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def rope_by_hand(config, rope_length: int | None = None) -> tuple[list[float], float]:
-    """Radians per position of each pair, and what rotated heads are multiplied by.
-
-    Pair by pair in plain Python, from the papers' formulas.
-    """
-    dim, scaling = config.head_dim, config.rope_scaling
-    kind = type(scaling).__name__
-    theta, factor = config.rope_theta, 1.0
-    if kind == "DynamicScaling" and rope_length is not None:
-        ratio = max(1.0, rope_length / config.max_position_embeddings)
-        theta *= (scaling.factor * ratio - scaling.factor + 1) ** (dim / (dim - 2))
-    frequencies = []
-    for pair in range(dim // 2):
-        plain = theta ** (-2 * pair / dim)
-        if kind == "LinearScaling":
-            kept = 0.0
-        elif kind == "Llama3Scaling":
-            turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
-            width = scaling.high_freq_factor - scaling.low_freq_factor
-            kept = min(max((turns - scaling.low_freq_factor) / width, 0.0), 1.0)
-        elif kind == "YarnScaling":
-            factor = scaling.attention_factor
-
-            def place(turns: float) -> float:
-                # Where theta ** (-2 place / dim) makes so many turns over the original context.
-                context = scaling.original_max_position_embeddings
-                return dim / 2 * math.log(context / (2 * math.pi * turns)) / math.log(theta)
-
-            low, high = place(scaling.beta_fast), place(scaling.beta_slow)
-            if scaling.truncate:
-                low, high = math.floor(low), math.ceil(high)
-            low, high = max(low, 0), min(high, dim - 1)
-            kept = 1 - min(max((pair - low) / max(high - low, 0.001), 0.0), 1.0)
-        else:
-            kept = 1.0
-        scale = scaling.factor if kept < 1 else 1.0
-        frequencies.append(plain * (kept + (1 - kept) / scale))
-    return frequencies, factor
 
 
 # The request
@@ -209,69 +87,32 @@ class Case:
         return self.prefix_ids + self.segment_ids[index] + self.suffix_ids
 
 
-class Part(NamedTuple):
-    """Tokens that see each other causally, and before that whole other parts.
-
-    sees: number of another part -> (bias on its keys, how far they are rotated on)
-    """
-
-    token_ids: tuple[int, ...]
-    first_position: int
-    sees: dict[int, tuple[float, int]]
-
-
-def lay_out(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Parts, one after the other, as the arguments of `dense_forward`."""
-    token_ids = torch.tensor([i for part in parts for i in part.token_ids])
-    positions = torch.tensor(
-        [part.first_position + i for part in parts for i in range(len(part.token_ids))]
-    )
-    T = len(token_ids)
-    mask = torch.zeros(T, T, dtype=torch.bool)
-    bias = torch.zeros(T, T, dtype=torch.float64)
-    turns = torch.zeros(T, T, dtype=torch.long)
-    ends = torch.tensor([len(part.token_ids) for part in parts]).cumsum(0).tolist()
-    slices = [slice(e - len(p.token_ids), e) for p, e in zip(parts, ends, strict=True)]
-    for part, rows in zip(parts, slices, strict=True):
-        mask[rows, rows] = torch.ones(T, T, dtype=torch.bool).tril()[rows, rows]
-        for other, (amount, turn) in part.sees.items():
-            mask[rows, slices[other]] = True
-            bias[rows, slices[other]] = amount
-            turns[rows, slices[other]] = turn
-    return token_ids, positions, mask, bias, turns
-
-
-def fused_parts(
+def fused_as_a_passage(
     case: Case, method: str, weights: Sequence[float], forced: tuple[int, ...]
-) -> list[Part]:
+) -> Passage:
     """Prefix, segments, and last the suffix with the answer so far, as a fused method sees them."""
-    start, count = len(case.prefix_ids), case.num_segments
     bodies, opening = list(case.segment_ids), case.suffix_ids
-    if not opening and method == "fused_plain":
-        bodies[-1], opening = bodies[-1][:-1], bodies[-1][-1:]
-    elif not opening:
+    if method == "fused_plain":
+        if not opening:
+            bodies[-1], opening = bodies[-1][:-1], bodies[-1][-1:]
+        parts = [PassagePart(case.prefix_ids, 0, {})]
+        end = len(case.prefix_ids)
+        for body in bodies:
+            parts.append(PassagePart(body, end, {0: (0.0, 0)}))
+            end += len(body)
+        seen = dict.fromkeys(range(len(parts)), (0.0, 0))
+        return lay_out([*parts, PassagePart(opening + forced, end, seen)])
+    if not opening:
         opening = bodies[0][-1:]
         assert all(body[-1:] == opening for body in bodies), "no common last token"
         bodies = [body[:-1] for body in bodies]
-    lengths = [len(body) for body in bodies]
-    seen = {0: (0.0, 0)}
-    if method == "fused_plain":
-        starts = [start + sum(lengths[:i]) for i in range(count)]
-        view_start = start + sum(lengths)
-        seen |= {i + 1: (0.0, 0) for i in range(count)}
-    else:
-        starts = [start] * count
-        view_start = start + max(lengths)
-        is_aligned = case.positions == "aligned"
-        balance = case.balance
-        if balance is None:
-            balance = 0.5 if method == "fused_auto" else 1.0
-        for i, weight in enumerate(weights):
-            turn = max(lengths) - lengths[i] if is_aligned else 0
-            if weight > 0:
-                seen[i + 1] = (math.log(weight * count ** (1 - balance)), turn)
-    segments = [Part(b, s, {0: (0.0, 0)}) for b, s in zip(bodies, starts, strict=True)]
-    return [Part(case.prefix_ids, 0, {}), *segments, Part(opening + forced, view_start, seen)]
+    balance = case.balance
+    if balance is None:
+        balance = 0.5 if method == "fused_auto" else 1.0
+    lift = case.num_segments ** (1 - balance)
+    biases = [math.log(weight * lift) if weight > 0 else -math.inf for weight in weights]
+    is_aligned = case.positions == "aligned"
+    return fused_passage(case.prefix_ids, bodies, opening, forced, biases, is_aligned=is_aligned)
 
 
 class Reference:
@@ -293,8 +134,11 @@ class Reference:
         """Logits [T, V] of a plain sequence."""
         key = tuple(token_ids)
         if key not in self._plain:
-            self._plain[key] = plain_forward(self.config, self.params, key, self.rope_length)
+            self._plain[key] = self._logits(plain_passage(key))
         return self._plain[key]
+
+    def _logits(self, passage: Passage) -> Tensor:
+        return passage_logits(self.config, self.params, passage, self.rope_length)
 
     def likelihood(self, case: Case, index: int) -> float:
         """Mean log-likelihood of a segment's tokens after its first, given the prefix."""
@@ -336,8 +180,7 @@ class Reference:
         steps = len(forced) + 1
         weights = self.weights(case, method)
         if method in FUSED:
-            tables = lay_out(fused_parts(case, method, weights, forced))
-            logits = dense_forward(self.config, self.params, *tables, self.rope_length)
+            logits = self._logits(fused_as_a_passage(case, method, weights, forced))
             return logits[-steps:].log_softmax(-1)
         if method == "concat":
             everything = case.prefix_ids + sum(case.segment_ids, ()) + case.suffix_ids

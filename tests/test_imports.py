@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors config command files wheels hub cards
     layout methods
-    rope cache linear model masks pool stages precompiled
+    rope cache linear model dense attention_mass masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
-    executor request answers prefill scoring engine jsonl generate
-    artifacts trials warmup recompiles profiling profile_report
+    executor request answers prefill scoring attribution engine jsonl generate
+    artifacts trials warmup recompiles profiling profile_report checks verify
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
     evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches
@@ -33,6 +33,7 @@ COMMANDS = (
     "minifuse.paraphrase",
     "minifuse.confidence",
     "minifuse.warmup",
+    "minifuse.verify",
     "tools.profile_latency",
     "tools.convert_weights",
     "benchmarks.peers",
@@ -104,6 +105,7 @@ def test_the_sandbox_stands_alone():
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_what_no_file_of_the_package_imports(path):
     imported = {name.split(".")[0] for name in imports_of(path, typing_too=True)}
+    # `verify` compares with transformers where a user has it, by name.
     assert not imported & {"transformers", "tests", "benchmarks", "pickle"}
     assert "spacy" not in imported or path.stem == "lemmas"
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import rope_by_hand
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from minifuse.config import ModelConfig
+from minifuse.dense import rope_by_hand
 from minifuse.rope import apply_rope, make_cos_sin, make_inv_freq
 
 LLAMA3 = {
