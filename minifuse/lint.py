@@ -179,11 +179,12 @@ def _find_unfused(packed: PackedPrompt, stream: Stream) -> Iterator[Remark]:
 
 def _find_unbalanced(packed: PackedPrompt, view: View) -> Iterator[Remark]:
     rule = packed.sees[view.suffix.label]
-    total = sum(math.exp(rule[span.label]) for span in view.segments)
-    if len(view.segments) > 1 and abs(total - 1) > BALANCE_TOLERANCE:
+    seen = [span.label for span in view.segments if span.label in rule]
+    total = sum(math.exp(rule[label]) for label in seen)
+    if len(seen) > 1 and abs(total - 1) > BALANCE_TOLERANCE:
         yield Remark(
             Fault.BALANCE,
-            f"{len(view.segments)} segments weigh as {total:.3g} prompts: the answer attends to "
+            f"{len(seen)} segments weigh as {total:.3g} prompts: the answer attends to "
             f"the question {total:.3g} times as strongly as behind one",
         )
 

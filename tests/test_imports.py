@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # comes after layout and methods, and imports neither all the same.
 ORDER = """
     errors config command files wheels hub cards
-    layout methods
+    layout lint methods
     rope cache linear model dense attention_mass masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
