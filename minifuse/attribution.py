@@ -24,7 +24,11 @@ def attribute(executor: Executor, pool: Pool, job: Job) -> None:
     """Fill in the `attribution` of every answer of a job that is done, and still in its place."""
     for state in job.states.values():
         if state.builder.token_ids:
-            shares = _attention(executor, pool, job, state)
+            state.attention = [
+                attention_of_stream(executor, pool, job, state, number).cpu()
+                for number in range(len(state.lines))
+            ]
+            shares = _mean_attention(state)
             without, alone = _worth(executor, pool, job, state)
             state.attribution = Attribution(
                 prefix=shares[PREFIX],
@@ -55,14 +59,12 @@ def _worth(
     )
 
 
-def _attention(executor: Executor, pool: Pool, job: Job, state: AnswerState) -> list[float]:
+def _mean_attention(state: AnswerState) -> list[float]:
     """The share of every part: the mean over streams by their weights, layers, heads, tokens."""
-    streams = len(state.lines)
+    streams = len(state.attention)
     weights = state.answer.weights or (1 / streams,) * streams
-    total = torch.zeros(FIRST_SEGMENT + job.num_segments)
-    for number, weight in enumerate(weights):
-        total += weight * attention_of_stream(executor, pool, job, state, number).mean((0, 1)).cpu()
-    return total.tolist()
+    means = torch.stack([attention.mean((0, 1)) for attention in state.attention])
+    return (torch.tensor(weights) @ means).tolist()
 
 
 def attention_of_stream(

@@ -3,8 +3,10 @@
 The second opinion is `dense`: another decoder, which reads the weights another way. What it gives
 in float64 is taken for the truth. How far it strays when it computes in the model's own dtype is
 what rounding does to this model; an engine that adds up in other orders may stray as far, and
-`ROUNDINGS` times that is the tolerance of every check that compares distributions. Nothing that is
-checked has a part in it, so a fault cannot widen its own tolerance.
+`ROUNDINGS` times that is the tolerance of every check that compares distributions. To it is added
+what float32 does, since sums are made in float32 whatever they are stored in, and their order is
+where the two differ most. Nothing that is checked has a part in it, so a fault cannot widen its own
+tolerance.
 
 Distances between distributions are the root mean square over the vocabulary of the differences of
 log-probabilities, in nats; of several distributions the largest.
@@ -44,19 +46,21 @@ MAX_NAMED = 3
 # Methods that are generated step by step: one stream, the streams of an ensemble, each alone.
 STEPPED = ("fused", "logit_avg", "per_prompt")
 
+# Stories, which run on: a question would be answered in a word.
 REQUEST = Request(
-    prefix="Q: What is the capital of Japan?\nA: Tokyo\n\nQ: Who wrote Hamlet?\nA: Shakespeare\n\n",
+    prefix="Stories for children, each told in a few simple sentences.\n\n",
     segments=(
-        "Q: What is the capital of Norway?\n",
-        "Q: Norway's capital city is called what, if you know?\n",
-        "Q: Name the city in which Norway's parliament sits.\n",
+        "Once upon a time, in a small village by the sea,",
+        "Long ago, in a little village that lay on the coast,",
+        "There was once a village at the sea, so small that it had no name, and in it",
     ),
-    suffix="A:",
+    suffix=" there lived",
 )
+CONTINUATION = " an old fisherman and his wife. Every morning he went out"
 OTHER_SEGMENTS = (
-    "Q: How many legs does a spider have?\n",
-    "Q: In which year did the first man walk on the moon, and who was he?\n",
-    "Q: Which colours are on the flag of Italy?\n",
+    "In a cave under the highest of the mountains, where nobody had ever been,",
+    "On the third floor of a grey house in the middle of the city, behind a window,",
+    "Far away, on the moon,",
 )
 # Whose answer the order of the segments may not change, and that have a distribution.
 SYMMETRIC = tuple(
@@ -151,9 +155,8 @@ class Bench:
 
     @cached_property
     def forced_ids(self) -> tuple[int, ...]:
-        """Tokens that answers are forced to: the engine's own, or what else there is."""
-        answer = self.generate(REQUEST, "fused")["fused"]
-        return answer.token_ids or self.prompt.suffix_ids
+        """The tokens that answers are forced to."""
+        return tuple(self.fuser.model.tokenizer.encode(CONTINUATION, is_start=False))
 
     def plain_passages(self, forced: tuple[int, ...]) -> list[Passage]:
         """Each segment's prompt alone."""
@@ -168,11 +171,14 @@ class Bench:
 
     @cached_property
     def rounding(self) -> float:
-        """How far the twin's own distributions stray in the model's dtype."""
+        """How far the twin's own distributions stray: in the model's dtype, and in float32."""
         count = len(self.forced_ids)
         passages = self.plain_passages(self.forced_ids[:-1])
-        rounded = self.twin.distributions(passages, count, self.twin.own_dtype)
-        return max(map(distance, rounded, self.truth))
+        strayed = [
+            max(map(distance, self.twin.distributions(passages, count, dtype), self.truth))
+            for dtype in (self.twin.own_dtype, torch.float32)
+        ]
+        return sum(strayed)
 
     @property
     def tolerance(self) -> float:
@@ -180,7 +186,7 @@ class Bench:
 
     @property
     def derivation(self) -> str:
-        return f"{ROUNDINGS} x {self.rounding:.2g}, what {self.dtype_name} does to the dense twin"
+        return f"{ROUNDINGS} x {self.rounding:.2g}, what {self.dtype_name} and float32 do to a twin"
 
     def ask(
         self,
@@ -486,6 +492,7 @@ def check_transformers(bench: Bench) -> Finding:
     if bench.fuser.model.config.quantize is not None:
         raise Skipped("weights were quantized as they were loaded; those of transformers are not")
     transformers = import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         bench.fuser.model.folder, dtype=bench.fuser.model.dtype
     ).eval()

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from minifuse.config import QUANTIZE_NAMES
@@ -36,8 +37,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists what there is")
 
 
-def add_model_flags(parser: argparse._ActionsContainer) -> None:
-    """The flags that `load_fuser` reads; a parser or a group of one takes them."""
+def add_model_flags(parser: argparse._ActionsContainer, *, compile: bool = True) -> None:
+    """The flags that `load_fuser` reads; a parser or a group of one takes them.
+
+    compile: the default of `--compile`
+    """
     add = parser.add_argument
     add("--model", metavar="NAME|DIR|HUB_ID|FILE.gguf", help="default: the default model")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
@@ -51,9 +55,21 @@ def add_model_flags(parser: argparse._ActionsContainer) -> None:
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile the model, or run it op by op (default: --compile)",
+        default=compile,
+        help="compile the model, or run it op by op "
+        f"(default: --{'' if compile else 'no-'}compile)",
     )
+
+
+def check_output_file(path: Path, flag: str, suffixes: Sequence[str]) -> None:
+    """Before long work: a file of that name can be written, and its kind is known.
+
+    raises: UsageError naming the flag
+    """
+    if path.suffix not in suffixes:
+        raise UsageError(f"{flag} is {path}; wanted a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{flag} is {path}; wanted a file in a folder that can be written")
 
 
 def load_fuser(args: argparse.Namespace) -> "Fuser":
@@ -127,4 +143,6 @@ def _one_line_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        # Whoever leaves out --compile knows.
+        warnings.filterwarnings("ignore", message="flex_attention called without")
         yield

@@ -31,6 +31,7 @@ from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import Executor
+from minifuse.inspection import Inspection, inspect_job
 from minifuse.layout import PackedPrompt, Span
 from minifuse.loader import LoadedModel, free_memory, load_model
 from minifuse.methods import FusionMethod, parse_methods
@@ -201,6 +202,8 @@ class Fuser:
         plan = make_plan(**options)
         if counts is not None and plan.generation.temperature > 0:
             raise UsageError("counts are for greedy answers: draws would depend on the segments")
+        if counts is not None and plan.attribution:
+            raise UsageError("attribution is for all segments; leave out counts")
         jobs = [
             self._make_job(request, plan, encode_continuations(self.model.tokenizer, texts), counts)
             for request, texts in zip(requests, continuations, strict=True)
@@ -293,6 +296,29 @@ class Fuser:
             self._admit(pool, deque([(0, job)]), 1)
             prefill(self.executor, pool, [job])
             yield pool, job
+
+    def inspect(
+        self,
+        *,
+        segments: Sequence[str],
+        prefix: str = "",
+        suffix: str = "",
+        weights: Sequence[float] | str | None = None,
+        **options: Unpack[Options],
+    ) -> Inspection:
+        """Answer a request, and lay open what lay where, who saw whom, and what was attended to.
+
+        Options and errors as in `generate`; attribution is always found.
+        """
+        plan = make_plan(**{**options, "attribution": True})
+        job = self._make_job(Request(segments, prefix, suffix, weights), plan)
+        size, batch_size = self._plan_batch([job], 1)
+        found: CountedResults = {}
+        for _, _, results in self._serve([job], size, batch_size):
+            found = results or found
+        return inspect_job(
+            job, found[job.num_segments], self.model.tokenizer, self.model.config, size.slots
+        )
 
     def forget_prefixes(self) -> None:
         """Drop the stored prefixes: the next request computes its own anew."""

@@ -114,6 +114,11 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="default: %(default)s")
     add("--batch-size", type=int, default=8, help="items at once (default: %(default)s)")
     add("--seed", type=int, default=0, help="of shots, items and paraphrases (default: 0)")
+    add(
+        "--attribution",
+        action="store_true",
+        help="find out what each paraphrase did for every answer; for one number of paraphrases",
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
     add("--resume", action="store_true", help="go on with the run in --output")
 
@@ -172,6 +177,8 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         raise UsageError("--system is for a chat template; wanted --chat beside it")
     if args.system is not None:
         checked(args.system, "--system")
+    if args.attribution and len(counts) > 1:
+        raise UsageError("--attribution is for one number of paraphrases; leave out --sweep")
     from minifuse.evaluation.extras import import_extra
     from minifuse.evaluation.lemmas import load_pipeline
     from minifuse.evaluation.prompts import kinds_needed, paraphrases_needed
@@ -203,6 +210,8 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         "chat": args.chat,
         "system": args.system,
     }
+    if args.attribution:  # runs from before it was there go on
+        options["attribution"] = True
     config = {
         "command": ["python", "-m", "minifuse.evaluate", *arguments],
         "dataset": args.dataset,

@@ -59,15 +59,32 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=r"--prefix TEXT, --template, --suffix, --system and --stop read \n, \t and \\ as "
         "newline, tab and backslash.",
     )
-    _add_prompt_flags(parser)
-    _add_method_flags(parser)
-    _add_sampling_flags(parser)
-    _add_run_flags(parser)
+    prompt = parser.add_argument_group("prompt")
+    add_prompt_flags(prompt)
+    prompt.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='requests, one a line: {"id"?, "prefix"?, "segments": [...], "suffix"?, "weights"?}; '
+        "segments are taken as they stand, without --template; --prefix, --suffix and --weights "
+        "stand in for what a line leaves out; an id left out is the line number",
+    )
+    add_method_flags(parser.add_argument_group("fusion"))
+    answer = parser.add_argument_group("answer")
+    add_sampling_flags(answer)
+    answer.add_argument(
+        "--attribution",
+        action="store_true",
+        help="say what each paraphrase did for every answer: the attention it was given, the "
+        "change when it is left out, the answer's log-probability behind it alone",
+    )
+    _add_run_flags(parser.add_argument_group("run"))
     return parser
 
 
-def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("prompt").add_argument
+def add_prompt_flags(group: argparse._ActionsContainer) -> None:
+    """What `read_prompt` reads, and `read_options` of a chat."""
+    add = group.add_argument
     add("paraphrases", nargs="*", metavar="PARAPHRASE", help="one phrasing of the question")
     add(
         "--prefix",
@@ -101,18 +118,11 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         help="what else the chat template asks for, as JSON or plain text, such as "
         "enable_thinking=false; may be repeated",
     )
-    add(
-        "--input",
-        type=Path,
-        metavar="FILE.jsonl",
-        help='requests, one a line: {"id"?, "prefix"?, "segments": [...], "suffix"?, "weights"?}; '
-        "segments are taken as they stand, without --template; --prefix, --suffix and --weights "
-        "stand in for what a line leaves out; an id left out is the line number",
-    )
 
 
-def _add_method_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("fusion").add_argument
+def add_method_flags(group: argparse._ActionsContainer) -> None:
+    """What `read_options` reads of fusion."""
+    add = group.add_argument
     add(
         "--method",
         "--methods",
@@ -147,8 +157,9 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("answer").add_argument
+def add_sampling_flags(group: argparse._ActionsContainer) -> None:
+    """What `read_options` reads of the answer."""
+    add = group.add_argument
     add(
         "--max-new-tokens",
         type=int,
@@ -173,8 +184,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
+def _add_run_flags(group: argparse._ActionsContainer) -> None:
     add_model_flags(group)
     add = group.add_argument
     add("--json", action="store_true", help="print one JSON object a result")
@@ -202,7 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    options = _read_options(args)
+    options = read_options(args)
+    if args.stream and args.input:
+        raise UsageError("--stream shows one request; leave it out with --input")
     prompts = _read_prompts(args)
     with contextlib.ExitStack() as stack:
         results_file = None
@@ -232,7 +244,7 @@ def _open_results(path: Path, options: Options, prompts: list[PromptLine]) -> Re
 # From flags to options and prompts
 
 
-def _read_options(args: argparse.Namespace) -> Options:
+def read_options(args: argparse.Namespace) -> Options:
     """Check every option that needs no model.
 
     raises: UsageError naming the option.
@@ -252,8 +264,6 @@ def _read_options(args: argparse.Namespace) -> Options:
         flag = "--chat-variable" if args.system is None else "--system"
         raise UsageError(f"{flag} is for a chat template; wanted --chat beside it")
     fusion = FusionConfig(positions=args.positions, beta=args.beta, balance=args.balance)
-    if args.stream and args.input:
-        raise UsageError("--stream shows one request; leave it out with --input")
     return Options(
         model=args.model,
         dtype=args.dtype,
@@ -265,6 +275,7 @@ def _read_options(args: argparse.Namespace) -> Options:
         chat=args.chat,
         system=None if args.system is None else checked(_unescape(args.system), "--system"),
         chat_variables=_read_variables(args.chat_variables),
+        attribution=args.attribution,
         **asdict(generation),
     )
 
@@ -301,24 +312,34 @@ def _read_stop(values: list[str] | None, *, is_chat: bool) -> tuple[str, ...]:
 
 def _read_prompts(args: argparse.Namespace) -> list[PromptLine]:
     """The requests of `--input`, or the one that the command line holds."""
-    prefix = _read_prefix(args.prefix)
-    suffix = "" if args.chat else SUFFIX
-    if args.suffix is not None:
-        suffix = checked(_unescape(args.suffix), "--suffix")
-    weights = _parse_weights(args.weights)
-    if args.input:
-        if args.paraphrases:
-            raise UsageError(
-                f"{len(args.paraphrases)} paraphrases stand beside --input; wanted one or the other"
-            )
-        if args.template is not None:
-            raise UsageError(
-                "--template stands beside --input, whose segments are taken as they stand; put it "
-                "into the segments"
-            )
-        return read_input(args.input, prefix=prefix, suffix=suffix, weights=weights)
+    if not args.input:
+        if not args.paraphrases:
+            raise UsageError("no paraphrase given; wanted at least one, or --input FILE.jsonl")
+        return [read_prompt(args)]
+    if args.paraphrases:
+        raise UsageError(
+            f"{len(args.paraphrases)} paraphrases stand beside --input; wanted one or the other"
+        )
+    if args.template is not None:
+        raise UsageError(
+            "--template stands beside --input, whose segments are taken as they stand; put it "
+            "into the segments"
+        )
+    return read_input(
+        args.input,
+        prefix=_read_prefix(args.prefix),
+        suffix=_read_suffix(args),
+        weights=_parse_weights(args.weights),
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> PromptLine:
+    """The request that the flags of `add_prompt_flags` hold.
+
+    raises: UsageError naming the flag.
+    """
     if not args.paraphrases:
-        raise UsageError("no paraphrase given; wanted at least one, or --input FILE.jsonl")
+        raise UsageError("no paraphrase given; wanted at least one")
     template = "{}" if args.chat else TEMPLATE
     if args.template is not None:
         template = checked(_unescape(args.template), "--template")
@@ -332,8 +353,15 @@ def _read_prompts(args: argparse.Namespace) -> list[PromptLine]:
         if not paraphrase.strip():
             raise UsageError(f"paraphrase {number} is empty; wanted text")
         segments.append(template.replace("{}", checked(paraphrase, f"paraphrase {number}")))
-    weights = check_weights(weights, len(segments), "--weights")
-    return [PromptLine(None, prefix, tuple(segments), suffix, weights, "the command line")]
+    weights = check_weights(_parse_weights(args.weights), len(segments), "--weights")
+    prefix, suffix = _read_prefix(args.prefix), _read_suffix(args)
+    return PromptLine(None, prefix, tuple(segments), suffix, weights, "the command line")
+
+
+def _read_suffix(args: argparse.Namespace) -> str:
+    if args.suffix is None:
+        return "" if args.chat else SUFFIX
+    return checked(_unescape(args.suffix), "--suffix")
 
 
 def _read_prefix(value: str) -> str:
@@ -390,7 +418,7 @@ def _answer_file(
     with bar:
         for prompt in bar:
             try:
-                results = _flatten(fuser.generate(**_request(prompt), **options.for_engine()))
+                results = _flatten(fuser.generate(**request_of(prompt), **options.for_engine()))
             except MinifuseError as error:
                 raise type(error)(f"{prompt.where}: {error}") from None
             if results_file:
@@ -411,19 +439,25 @@ def _answer_one(
 ) -> None:
     if args.stream:
         print_event = _event_printer(options.methods, is_json=args.json)
-        events = fuser.stream(**_request(prompt), **options.for_engine())
+        events = fuser.stream(**request_of(prompt), **options.for_engine())
         results = _flatten(_drain(events, print_event))
     else:
-        results = _flatten(fuser.generate(**_request(prompt), **options.for_engine()))
+        results = _flatten(fuser.generate(**request_of(prompt), **options.for_engine()))
     if results_file:
         results_file.append([result.to_json(id=None) for result in results])
     if args.json or not args.stream:
         _print_results(results, None, is_json=args.json)
+    elif args.attribution:
+        print()
+        for result in results:
+            print(f"{_label(result.method, result.paraphrase_index)}:")
+            print("\n".join(_describe_attribution(result)))
     sys.stdout.flush()
     print(_describe_timings(results[0]), file=sys.stderr)
 
 
-def _request(prompt: PromptLine) -> dict[str, Any]:
+def request_of(prompt: PromptLine) -> dict[str, Any]:
+    """Keyword arguments of `Fuser.generate`."""
     weights = prompt.weights
     return {
         "prefix": prompt.prefix,
@@ -447,6 +481,24 @@ def _print_results(results: "list[Generation]", id: str | int | None, *, is_json
         else:
             name = _label(result.method, result.paraphrase_index)
             print(f"{'' if id is None else f'{id}: '}{name}: {result.text.strip()}")
+            for line in _describe_attribution(result):
+                print(line)
+
+
+def _describe_attribution(result: "Generation") -> Iterator[str]:
+    """A line for each segment, and one for what else was attended to."""
+    found = result.attribution
+    if found is None:
+        return
+    for number, (share, change, alone) in enumerate(
+        zip(found.segments, found.without, found.alone, strict=True), 1
+    ):
+        left_out = "nothing is left without it" if change is None else f"without it {change:+.3f}"
+        yield f"  {number:3}  attention {share:6.1%}  {left_out}  alone {alone:.3f}"
+    yield (
+        f"       attention {found.prefix:.1%} prefix, {found.suffix:.1%} suffix, "
+        f"{found.answer:.1%} answer; log-probabilities in nats, {sum(result.logprobs):.3f} in all"
+    )
 
 
 def _label(method: str, paraphrase_index: int | None) -> str:

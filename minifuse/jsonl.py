@@ -58,6 +58,7 @@ class Options:
     chat: bool
     system: str | None
     chat_variables: dict[str, Any]
+    attribution: bool
 
     def for_engine(self) -> dict[str, Any]:
         """Keyword arguments of `Fuser.generate`, which knows its model already."""
@@ -66,8 +67,14 @@ class Options:
         return {**options, "methods": list(self.methods), "stop": list(self.stop)}
 
     def for_record(self) -> dict[str, Any]:
-        """What is kept beside the results; the order of the methods says nothing."""
-        return {**asdict(self), "methods": sorted(self.methods)}
+        """What is kept beside the results; the order of the methods says nothing.
+
+        Attribution shows where it is asked for: files from before it was there go on.
+        """
+        record = {**asdict(self), "methods": sorted(self.methods)}
+        if not self.attribution:
+            del record["attribution"]
+        return record
 
 
 def read_input(

@@ -191,7 +191,8 @@ class AnswerState:
     lines:   one for each view
     weights: the answer's own, f32[R] on the device
     rows:    of `lines`, where their logits are among those of the step that is running
-    attribution: found when the whole job is done, where it is asked for
+    attribution, attention: found when the whole job is done, where it is asked for; the latter is
+             f32[L, n, P] of each stream (see `attribution`)
     """
 
     answer: Answer
@@ -202,6 +203,7 @@ class AnswerState:
     weights: Tensor | None
     rows: list[int] = field(default_factory=list)
     attribution: Attribution | None = None
+    attention: list[Tensor] = field(default_factory=list)
 
     @property
     def is_live(self) -> bool:

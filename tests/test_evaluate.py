@@ -442,3 +442,27 @@ def test_interrupted_runs_say_how_to_go_on(model, tmp_path, capsys, monkeypatch)
     assert main(flags(model, tmp_path / "run")) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert os.path.exists(tmp_path / "run" / "config.json")
+
+
+def test_attribution_goes_into_records_summary_and_report(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    given = ["--methods", "fused,logit_avg,per_prompt", "--limit", "3", "--attribution"]
+    assert main(flags(model, run, *given)) == 0
+    records = read_records(run)
+    assert records
+    for record in records:
+        found = record["attribution"]
+        assert sum(found["attention"]["segments"]) > 0
+        assert len(found["without"]) == len(found["alone"]) == 3
+    summary = json.loads((run / "summary.json").read_text())
+    told = summary["methods"]["fused"]["attribution"]
+    own = [r["attribution"] for r in records if r["method"] == "fused"]
+    assert told["num_answers"] == len(own) == 3
+    assert told["alone"][1] == pytest.approx(sum(a["alone"][1] for a in own) / 3)
+    assert told["segments"][2] == pytest.approx(sum(a["attention"]["segments"][2] for a in own) / 3)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert 'id="attribution"' in page
+    assert "fused: prefix" in page
+    assert "per_prompt: prefix" not in page  # each of its answers sees one paraphrase alone
+    assert main(flags(model, tmp_path / "two", "--sweep", "2,3", "--attribution")) == 2
+    assert "one number of paraphrases" in capsys.readouterr().err

@@ -714,3 +714,31 @@ def test_a_broken_pipe_is_quiet(tiny_llama_folder, tmp_path):
     assert process.wait(timeout=60) == 141
     assert "Traceback" not in error
     assert "BrokenPipe" not in error
+
+
+def test_attribution(generate):
+    status, output, _ = generate(*QUESTIONS, "--attribution", "--method", "fused,origin")
+    lines = lines_of(output)
+    assert status == 0
+    assert sum("attention" in line for line in lines) == 2 * (len(QUESTIONS) + 1)
+    assert "nothing is left without it" in output  # of the first prompt alone
+    status, output, _ = generate(*QUESTIONS, "--attribution", "--json")
+    (result,) = map(json.loads, lines_of(output))
+    found = result["attribution"]
+    shares = found["attention"]
+    assert list(result) == [*RESULT_FIELDS, "attribution"]
+    assert sum([*shares["segments"], shares["prefix"], shares["suffix"], shares["answer"]]) == (
+        pytest.approx(1, abs=1e-5)
+    )
+    assert len(found["without"]) == len(found["alone"]) == len(QUESTIONS)
+    status, output, _ = generate(*QUESTIONS, "--attribution", "--stream")
+    assert status == 0
+    assert "nats" in output
+
+
+def test_attribution_is_an_option_of_the_run(generate, tmp_path):
+    output = str(tmp_path / "answers.jsonl")
+    assert generate(*QUESTIONS, "--output", output)[0] == 0
+    status, _, error = generate(*QUESTIONS, "--output", output, "--attribution")
+    assert status == 2
+    assert "attribution" in error

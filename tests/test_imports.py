@@ -16,7 +16,8 @@ ORDER = """
     rope cache linear model dense attention_mass masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
-    executor request answers prefill scoring attribution engine jsonl generate
+    executor request answers prefill scoring attribution inspection engine jsonl generate
+    pictures inspect
     artifacts trials warmup recompiles profiling profile_report checks verify
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
@@ -34,6 +35,7 @@ COMMANDS = (
     "minifuse.confidence",
     "minifuse.warmup",
     "minifuse.verify",
+    "minifuse.inspect",
     "tools.profile_latency",
     "tools.convert_weights",
     "benchmarks.peers",

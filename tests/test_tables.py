@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.evaluation.tables import (
+    ATTRIBUTION_COLUMNS,
     COLUMNS,
     TABLE_SUFFIXES,
     apply_rules,
@@ -48,6 +49,14 @@ def make_record(**changes: object) -> dict:
     } | changes
 
 
+USUAL = [name for name in COLUMNS if name not in ATTRIBUTION_COLUMNS]
+ATTRIBUTION = {
+    "attention": {"prefix": 0.25, "segments": [0.125, 0.5], "suffix": 0.125, "answer": 0.0},
+    "without": [-0.5, None],
+    "alone": [-2.0, -3.5],
+}
+
+
 def write_records(path, records, end="\n"):
     path.write_text("\n".join(json.dumps(record) for record in records) + end, encoding="utf-8")
     return path
@@ -55,7 +64,7 @@ def write_records(path, records, end="\n"):
 
 def test_a_row_by_hand():
     table = make_table([make_record()], num_processes=1)
-    assert list(table) == list(COLUMNS)
+    assert list(table) == USUAL
     [row] = table.to_dict("records")
     assert pandas.isna(row.pop("paraphrase_index"))
     assert row == {
@@ -116,7 +125,7 @@ def test_rules_can_be_made_anew():
     again = apply_rules(changed)
     assert list(again["match_lemma"]) == [False, True]
     assert list(again["f1"]) == [1.0, 0.0]
-    assert list(again) == list(COLUMNS)
+    assert list(again) == USUAL
     pandas.testing.assert_frame_equal(apply_rules(table), table)
     with pytest.raises(UsageError, match="no column answer_lemmas; the rules read it"):
         apply_rules(table.drop(columns="answer_lemmas"))
@@ -328,3 +337,22 @@ def test_a_bad_cell_names_its_column(tmp_path, column, value):
     cells.assign(**{column: value}).to_csv(path, index=False)
     with pytest.raises(UsageError, match=f"column {column} holds what is no"):
         read_table(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".feather", ".csv"])
+def test_attribution_is_kept(tmp_path, suffix):
+    records = [make_record(attribution=ATTRIBUTION), make_record(id="q2")]
+    path = tmp_path / f"table{suffix}"
+    write_table(make_table(records, num_processes=1), path)
+    table = read_table(path)
+    assert list(table) == list(COLUMNS)
+    assert list(table["attention"]) == [[0.25, 0.125, 0.5, 0.125, 0.0], None]
+    assert list(table["without"]) == [[-0.5, None], None]
+    assert list(table["alone"]) == [[-2.0, -3.5], None]
+
+
+def test_a_damaged_attribution_is_named(tmp_path):
+    damaged = ATTRIBUTION | {"without": ["much"]}
+    path = write_records(tmp_path / "records.jsonl", [make_record(attribution=damaged)])
+    with pytest.raises(MinifuseError, match="line 1: attribution is"):
+        read_records(path)

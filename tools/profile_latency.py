@@ -9,11 +9,16 @@ The last line printed is one JSON object.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from minifuse.command import Parser, add_model_flags, load_fuser, run_command
+from minifuse.command import (
+    Parser,
+    add_model_flags,
+    check_output_file,
+    load_fuser,
+    run_command,
+)
 from minifuse.errors import UsageError
 from minifuse.files import tool_command
 from minifuse.trials import add_size_flags, parse_numbers, sizes_of_flags
@@ -93,15 +98,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.compile_times and not args.compile:
         raise UsageError("--compile-times needs the compiler; leave out --no-compile")
     for name, suffixes in (("plot", (".png", ".svg")), ("trace", (".json",))):
-        path = getattr(args, name)
-        if path is None:
-            continue
-        if path.suffix not in suffixes:
-            raise UsageError(
-                f"--{name} is {path}; wanted a name that ends in {' or '.join(suffixes)}"
-            )
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UsageError(f"--{name} is {path}; wanted a file in a folder that can be written")
+        if (path := getattr(args, name)) is not None:
+            check_output_file(path, f"--{name}", suffixes)
 
 
 if __name__ == "__main__":

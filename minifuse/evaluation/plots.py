@@ -192,6 +192,74 @@ def draw_costs(
         return _to_svg(figure, name, title, "; ".join(told))
 
 
+def draw_attribution(values: Mapping[str, Mapping], *, name: str, title: str) -> Markup:
+    """A row for each method: shares of attention as one bar, then by paraphrase its change when
+    the paraphrase is left out, and its worth behind that alone, as the paraphrases' numbers.
+
+    values: {method: what the summary has of its attribution}
+    """
+    with matplotlib.style.context(_STYLE):
+        figure = Figure((_WIDTH, 1.4 + 0.36 * len(values)), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(1.7, 1, 1))
+        for row, found in enumerate(values.values()):
+            _draw_shares(left, row, found)
+            for axes, key in ((middle, "without"), (right, "alone")):
+                _draw_numbers(axes, row, found[key])
+        left.set_xlim(0, 1)
+        left.set_xlabel("share of attention")
+        middle.axvline(0, color=_INK, linewidth=0.6, alpha=0.5)
+        middle.set_xlabel("nats, when left out")
+        right.set_xlabel("nats, alone")
+        left.set_yticks(range(len(values)), list(values))
+        left.set_ylim(len(values) - 0.4, -0.6)
+        for axes in (middle, right):
+            axes.margins(x=0.12)
+            axes.grid(color=_INK, alpha=0.12, linewidth=0.6)
+            axes.tick_params(axis="y", length=0)
+        told = [
+            f"{method}: prefix {found['prefix']:.3f}, "
+            + "".join(
+                f"paraphrase {number} {share:.3f}, left out {_told(change)}, alone {_told(alone)}, "
+                for number, (share, change, alone) in enumerate(
+                    zip(found["segments"], found["without"], found["alone"], strict=True), 1
+                )
+            )
+            + f"suffix {found['suffix']:.3f}, answer {found['answer']:.3f}"
+            for method, found in values.items()
+        ]
+        return _to_svg(figure, name, title, "; ".join(told))
+
+
+def _draw_shares(axes: Axes, row: int, found: Mapping) -> None:
+    numbered = [(str(n), share, _COLORS[0]) for n, share in enumerate(found["segments"], 1)]
+    parts = [
+        ("pre", found["prefix"], _COLORS[4]),
+        *numbered,
+        ("suf", found["suffix"], _COLORS[1]),
+        ("ans", found["answer"], _COLORS[2]),
+    ]
+    start = 0.0
+    for place, (label, share, color) in enumerate(parts):
+        shade = 0.25 + 0.2 * (place % 2)  # neighbours differ without their colours
+        axes.barh(row, share, left=start, height=0.7, color=color, alpha=shade, linewidth=0)
+        if share > 0.012 * (1 + len(label)):
+            axes.text(start + share / 2, row, label, ha="center", va="center_baseline", fontsize=7)
+        start += share
+
+
+def _draw_numbers(axes: Axes, row: int, values: Sequence[float | None]) -> None:
+    """Numbers of paraphrases where their values lie, every other one higher up."""
+    known = [(value, number) for number, value in enumerate(values, 1) if value is not None]
+    for place, (value, number) in enumerate(sorted(known)):
+        y = row + (0.2 if place % 2 else -0.16)
+        axes.plot(value, row, color=_COLORS[0], marker="|", markersize=5)
+        axes.text(value, y, str(number), ha="center", va="center_baseline", fontsize=7)
+
+
+def _told(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.3f}"
+
+
 def draw_matrix(
     values: Sequence[Sequence[float | None]], labels: Sequence[str], *, name: str, title: str
 ) -> Markup:

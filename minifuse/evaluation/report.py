@@ -12,6 +12,7 @@ What is read of the summary (all of it may be missing or null, and is then left 
     methods.METHOD.cost.{num_streams, prompt_tokens, num_tokens, prefill_ms, decode_ms}
     methods.per_prompt.consistency, .spread.{measure, mean, best, worst, sd, item_best,
         item_worst, by_paraphrase}, .spread.answer_logprob (the same keys)
+    methods.METHOD.attribution.{num_answers, prefix, segments[], suffix, answer, without[], alone[]}
     by_n.N.METHOD.MEASURE                          accuracy against N
     by_relation.RELATION.{num_items, methods.METHOD.MEASURE}
     comparisons[].{first, second, measure, difference, low, high, p_mcnemar, p_bootstrap, p_holm,
@@ -36,7 +37,14 @@ import pandas
 from markupsafe import Markup, escape
 
 from minifuse.errors import MinifuseError
-from minifuse.evaluation.plots import Point, draw_costs, draw_curves, draw_heat_map, draw_matrix
+from minifuse.evaluation.plots import (
+    Point,
+    draw_attribution,
+    draw_costs,
+    draw_curves,
+    draw_heat_map,
+    draw_matrix,
+)
 from minifuse.methods import FusionMethod
 from minifuse.normalize import normalize_answer
 
@@ -112,6 +120,7 @@ def write_report(
         curves=_curves(summary, methods, counts, shown),
         heat_map=_heat_map(first_draw, rule),
         agreement=_agreement(rows, methods),
+        attribution=_attribution(summary, methods),
         cost_plot=_cost_plot(summary, methods, rule),
         relations=_relations(summary),
         calibration=_calibration(summary, methods),
@@ -272,6 +281,24 @@ def _label(text: str) -> str:
     """One short line that XML can hold."""
     text = " ".join(text.split())
     return _clip("".join(char for char in text if char.isprintable()), _LABEL_CHARS)
+
+
+def _attribution(summary: Mapping, methods: Sequence[str]) -> Markup | None:
+    """Of the methods that combine paraphrases; None where nothing is known of them."""
+    found = {method: _get(summary, "methods", method, "attribution") for method in methods}
+    combining = {
+        method: values
+        for method, values in found.items()
+        if values and sum(share > 0 for share in values["segments"]) > 1
+    }
+    combining.pop(FusionMethod.PER_PROMPT, None)
+    if not combining:
+        return None
+    return draw_attribution(
+        combining,
+        name="attribution",
+        title="Attention to each paraphrase, change without it, and worth of it alone",
+    )
 
 
 def _agreement(rows: pandas.DataFrame, methods: Sequence[str]) -> Markup | None:

@@ -190,8 +190,8 @@ def _make_records(common: dict, results: Results, scores: Scores, *, shares: int
 def _describe(
     generation: Generation, scores: Sequence[float] | None, count: int, shares: int
 ) -> dict:
-    timings = generation.timings
-    return {
+    timings, attribution = generation.timings, generation.attribution
+    described = {
         "method": generation.method,
         "paraphrase_index": generation.paraphrase_index,
         "positions": generation.positions,
@@ -212,6 +212,7 @@ def _describe(
             "steps": len(timings["decode_ms"]),
         },
     }
+    return described | ({} if attribution is None else {"attribution": attribution.to_json()})
 
 
 def predict(text: str) -> str:

@@ -137,6 +137,27 @@ def _items_of(
     return _Items(tuple(ids), tuple(draws), tuple(methods), n, *parts)
 
 
+def _attribution(rows: "DataFrame") -> dict[str, Any] | None:
+    """Means over the answers that have one, segments by their place; None where none has."""
+    if "attention" not in rows or not rows["attention"].notna().any():
+        return None
+    rows = rows[rows["attention"].notna()]
+    attention, without, alone = (
+        np.array([list(numbers) for numbers in rows[name]], dtype=float)
+        for name in ("attention", "without", "alone")
+    )
+    shares = attention.mean(axis=0)
+    return {
+        "num_answers": len(rows),
+        "prefix": shares[0],
+        "segments": list(shares[1:-2]),
+        "suffix": shares[-2],
+        "answer": shares[-1],
+        "without": [mean_of(column) for column in without.T],
+        "alone": [mean_of(column) for column in alone.T],
+    }
+
+
 def summarise(table: "DataFrame", config: Mapping[str, Any]) -> dict[str, Any]:
     """All statistics of a run, fit for JSON; null where there is nothing to say.
 
@@ -178,6 +199,7 @@ def summarise(table: "DataFrame", config: Mapping[str, Any]) -> dict[str, Any]:
             "ece": calibrated["ece"],
             "calibration": calibrated["bins"],
             "cost": _costs(rows),
+            "attribution": _attribution(rows),
         }
     by_n, left_out_of_by_n = _by_n(table, how)
     pairs = _compare_pairs(items, family, rule, how)

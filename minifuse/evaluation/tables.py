@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 TABLE_SUFFIXES = (".parquet", ".feather", ".csv")
 
 _TEXT, _COUNT, _NUMBER, _FLAG = "text", "count", "number", "flag"
-_TEXTS, _TEXT_LISTS = "texts", "text lists"
+_TEXTS, _TEXT_LISTS, _NUMBERS = "texts", "text lists", "numbers"
 
 # Every column with what it holds, in the order of the table. Text and counts may be missing.
+# Those of attribution are there where a record has one: attention to prefix, segments, suffix and
+# answer; what an answer loses without each segment, and is worth with each alone.
 COLUMNS = {
     "id": _TEXT,
     "n": _COUNT,
@@ -59,7 +61,11 @@ COLUMNS = {
     "num_streams": _COUNT,
     "prefill_ms": _NUMBER,
     "decode_ms": _NUMBER,
+    "attention": _NUMBERS,
+    "without": _NUMBERS,
+    "alone": _NUMBERS,
 }
+ATTRIBUTION_COLUMNS = ("attention", "without", "alone")
 # Columns that may be empty; an empty cell of a CSV file is missing here, and "" elsewhere.
 _MAY_BE_MISSING = ("paraphrase_index", "relation", "positions", "answer_logprob")
 # What no two records have in common.
@@ -158,6 +164,23 @@ _FIELDS = {
 }
 
 
+def _is_attribution(value: object) -> bool:
+    attention = value.get("attention") if isinstance(value, dict) else None
+    if not isinstance(attention, dict):
+        return False
+    shares = [attention.get(name) for name in ("prefix", "suffix", "answer")]
+    lists = [attention.get("segments"), value.get("without"), value.get("alone")]
+    return all(map(_is_number, shares)) and all(
+        isinstance(numbers, list) and all(n is None or _is_number(n) for n in numbers)
+        for numbers in lists
+    )
+
+
+_ATTRIBUTION = {
+    "attribution": _Field("an object with attention, without and alone", _is_attribution)
+}
+
+
 def _check_surrogates(record: object, where: str) -> None:
     try:
         json.dumps(record, ensure_ascii=False).encode()
@@ -168,7 +191,8 @@ def _check_surrogates(record: object, where: str) -> None:
 def _check_record(record: object, where: str) -> None:
     if not isinstance(record, dict):
         raise MinifuseError(f"{where}: {type(record).__name__}; wanted a JSON object")
-    for name, field in _FIELDS.items():
+    fields = _FIELDS | (_ATTRIBUTION if "attribution" in record else {})
+    for name, field in fields.items():
         if name not in record:
             raise MinifuseError(f"{where}: no {name}; wanted {field.wanted}")
         if not field.is_right(record[name]):
@@ -194,8 +218,25 @@ def make_table(
     columns["num_tokens"] = [len(record["token_ids"]) for record in records]
     for name in ("prefill_ms", "decode_ms"):
         columns[name] = [record["timings"][name] for record in records]
+    columns |= _attribution_columns(records)
     table = _make_frame(columns)
     return apply_rules(add_lemmas(table, Lemmatizer(spacy_model, num_processes=num_processes)))
+
+
+def _attribution_columns(records: Sequence[dict]) -> dict[str, list]:
+    """Columns of attribution; none where no record has any."""
+    found = [record.get("attribution") for record in records]
+    if not any(found):
+        return {}
+    columns: dict[str, list] = {name: [] for name in ATTRIBUTION_COLUMNS}
+    for one in found:
+        shares = one and one["attention"]
+        columns["attention"].append(
+            shares and [shares["prefix"], *shares["segments"], shares["suffix"], shares["answer"]]
+        )
+        columns["without"].append(one and one["without"])
+        columns["alone"].append(one and one["alone"])
+    return columns
 
 
 def apply_rules(table: "DataFrame") -> "DataFrame":
@@ -303,6 +344,7 @@ def _to_arrow(table: "DataFrame"):
         _FLAG: pyarrow.bool_(),
         _TEXTS: pyarrow.list_(text),
         _TEXT_LISTS: pyarrow.list_(pyarrow.list_(text)),
+        _NUMBERS: pyarrow.list_(pyarrow.float64()),
     }
     arrays = {
         name: pyarrow.array(table[name], type=types.get(COLUMNS.get(name)), from_pandas=True)
@@ -322,7 +364,7 @@ def _write_feather(table: "DataFrame", file) -> None:
 def _write_csv(table: "DataFrame", file) -> None:
     table = table.copy()
     for name in table:
-        if COLUMNS.get(name) in (_TEXTS, _TEXT_LISTS):
+        if COLUMNS.get(name) in (_TEXTS, _TEXT_LISTS, _NUMBERS):
             table[name] = [json.dumps(value, ensure_ascii=False) for value in table[name]]
     # All text in quotes: by default a carriage return alone gets none, and ends the row.
     quoting = csv.QUOTE_NONNUMERIC
@@ -351,6 +393,7 @@ def _read_csv(path: Path) -> dict[str, Sequence]:
         _FLAG: flags.__getitem__,
         _TEXTS: json.loads,
         _TEXT_LISTS: json.loads,
+        _NUMBERS: json.loads,
     }
     columns = {}
     for name in table:
