@@ -26,6 +26,7 @@ test:
 	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test]'
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
 	.venv-test/bin/python -m pytest --numprocesses auto --dist loadfile
 
 clean:

@@ -47,7 +47,7 @@ def start_answers(job: Job, model: LoadedModel) -> None:
 
 
 def extend_answers(
-    answers: Sequence[tuple[int, Job, AnswerState, Sequence[Tensor]]],
+    answers: Sequence[tuple[int, Job, AnswerState, list[Tensor]]],
 ) -> dict[int, list[StreamEvent]]:
     """Pick each answer's next token, and tell every method that reads it.
 
@@ -92,13 +92,17 @@ def _push(job: Job, state: AnswerState, token_id: int, logprob: float) -> list[S
 
 def vote_events(results: CountedResults) -> list[StreamEvent]:
     """Votes are known at the end alone."""
-    votes = [found[FusionMethod.VOTE] for found in results.values() if FusionMethod.VOTE in found]
+    votes = [found.get(FusionMethod.VOTE) for found in results.values()]
     return [
-        StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason) for vote in votes
+        StreamEvent(vote.method, None, None, vote.text, None, vote.finish_reason)
+        for vote in votes
+        if isinstance(vote, Generation)  # one for all, not a list
     ]
 
 
-def make_results(job: Job, model: LoadedModel, timings: dict, recompiles: int) -> CountedResults:
+def make_results(
+    job: Job, model: LoadedModel, timings: dict[str, object], recompiles: int
+) -> CountedResults:
     """What every method of a job came to, all of its answers being done."""
     results: CountedResults = {count: {} for count in job.counts}
     for (count, method), answers in job.consumers.items():
@@ -118,11 +122,12 @@ def _generation(
     method: FusionMethod,
     weights: SegmentWeights,
     state: AnswerState,
-    timings: dict,
+    timings: dict[str, object],
     recompiles: int,
 ) -> Generation:
     weighting = SPECS[method].weighting
     layout = state.layout()
+    assert state.builder.finish_reason is not None, "not done"
     return Generation(
         method=str(method),
         paraphrase_index=state.answer.index if method is FusionMethod.PER_PROMPT else None,

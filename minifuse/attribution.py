@@ -48,7 +48,7 @@ def _worth(
     trial = job.make_trial(state.answer, tuple(state.builder.token_ids))
     run_views(executor, pool, [trial])
     score_targets(executor, pool, [trial])
-    pool.forget_keys(job.lease, job.packed.num_slots)
+    pool.forget_keys(job.held, job.packed.num_slots)
     scores = {answer: values[0] for answer, values in trial.scores.items()}
     indices = range(job.num_segments)
     left = [leave_out(state.answer, i) for i in indices]
@@ -84,5 +84,7 @@ def attention_of_stream(
     parts = {suffix.label: SUFFIX, stream.label: ANSWER}
     if view.prefix is not None:
         parts[view.prefix.label] = PREFIX
-    parts |= {span.label: FIRST_SEGMENT + span.index for span in view.segments}
-    return executor.attention_mass(pool, job.lease, tokens, parts, FIRST_SEGMENT + job.num_segments)
+    for span in view.segments:
+        assert span.index is not None, "not a segment"
+        parts[span.label] = FIRST_SEGMENT + span.index
+    return executor.attention_mass(pool, job.held, tokens, parts, FIRST_SEGMENT + job.num_segments)

@@ -116,7 +116,7 @@ def read_card(path: Path) -> ModelCard:
             f"wanted one of {', '.join(DTYPE_NAMES)}"
         )
     lists = {name: tuple(raw.pop(name)) for name in ("aliases", "stop_tokens")}
-    return ModelCard(**raw, **lists, source=_SOURCES[kind](**source))
+    return ModelCard(**(raw | lists), source=_SOURCES[kind](**source))
 
 
 def _check_fields(path: Path, prefix: str, raw: dict, kind: type) -> None:
@@ -229,7 +229,7 @@ def _format_table(cards: Sequence[ModelCard]) -> Iterator[str]:
         state = find_cached(card)
         if state.problem is not None:
             yield f"  damaged: {state.problem}"
-        elif state.path is not None:
+        elif state.path is not None and state.num_bytes is not None:
             yield f"  cached, {format_bytes(state.num_bytes)}: {state.path}"
 
 

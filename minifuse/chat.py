@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from minifuse.errors import CheckpointError, UsageError, one_line
 from minifuse.files import read_json
@@ -204,7 +205,7 @@ def _template_files(folder: Path) -> dict[str, Path]:
     return files | {path.name.removesuffix(".jinja"): path for path in others}
 
 
-def _pick_default(templates: Mapping, path: Path):
+def _pick_default(templates: Mapping, path: Path) -> Any:
     if "default" not in templates:
         names = ", ".join(sorted(repr(name) for name in templates)) or "none"
         raise CheckpointError(

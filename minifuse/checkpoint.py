@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from minifuse.config import DTYPE_NAMES, QUANTIZE_GROUP, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.files import is_inside, list_names, read_json
-from minifuse.linear import Weight
 from minifuse.model import WEIGHT_FIELDS, LayerParams, Params
 from minifuse.quantize import INT4_ROWS, KINDS, QuantizedTensor, dequantize, pack, quantize_weight
 
@@ -69,7 +68,7 @@ def _layer_table(config: ModelConfig) -> dict[str, list[tuple[str, tuple[int, ..
     keys = config.num_key_value_heads * config.head_dim
     qkv = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
     gate_up = [("gate_proj", mlp), ("up_proj", mlp)]
-    table = {
+    table: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         "attn_norm": [("input_layernorm.weight", (channels,))],
         "wqkv": [(f"self_attn.{name}.weight", (rows, channels)) for name, rows in qkv],
         "wo": [("self_attn.o_proj.weight", (channels, queries))],
@@ -120,16 +119,17 @@ def _stored_parts(
         return {name: (shape, None)}
     rows, width = shape
     if kind == "int8":
-        values, scales = (shape, torch.int8), (rows,)
-    else:
-        values, scales = ((rows, width // 2), torch.uint8), (rows, width // QUANTIZE_GROUP, 2)
-    return {name + _VALUES: values, name + _SCALES: (scales, torch.bfloat16)}
+        return {name + _VALUES: (shape, torch.int8), name + _SCALES: ((rows,), torch.bfloat16)}
+    return {
+        name + _VALUES: ((rows, width // 2), torch.uint8),
+        name + _SCALES: ((rows, width // QUANTIZE_GROUP, 2), torch.bfloat16),
+    }
 
 
 def _expected(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Name, shape and dtype of every tensor; None for a dtype that the config does not tell."""
     vocab = (config.vocab_size, config.hidden_size)
-    shapes = {_EMBED: vocab}
+    shapes: dict[str, tuple[int, ...]] = {_EMBED: vocab}
     for index in range(config.num_hidden_layers):
         for parts in _layer_table(config).values():
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in parts}
@@ -137,7 +137,7 @@ def _expected(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dty
     if not config.tie_word_embeddings:
         shapes[_LM_HEAD] = vocab
     kinds = weight_kinds(config)
-    expected = {}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for name, shape in shapes.items():
         expected |= _stored_parts(name, shape, kinds.get(name))
     return expected
@@ -182,7 +182,8 @@ def allocate_params(
     places: dict[str, Tensor] = {}
     kinds = weight_kinds(config)
 
-    def allocate(prefix: str, parts: list[tuple[str, tuple[int, ...]]]) -> Tensor | QuantizedTensor:
+    # A Tensor, or a QuantizedTensor, which no Params hold once they are packed.
+    def allocate(prefix: str, parts: list[tuple[str, tuple[int, ...]]]) -> Any:
         names = [prefix + name for name, _ in parts]
         rows = [shape[0] for _, shape in parts]
         whole = (sum(rows), *parts[0][1][1:])
@@ -215,13 +216,13 @@ def pack_params(params: Params, dtype: torch.dtype) -> Params:
     raises: MinifuseError where this CPU packs in an order that is not known
     """
 
-    def packed(part: Tensor | QuantizedTensor | None) -> Weight | None:
+    def packed(part: Any) -> Any:  # see `allocate_params`
         return pack(part, dtype) if isinstance(part, QuantizedTensor) else part
 
     embed = packed(params.embed)
     return Params(
         embed=embed,
-        layers=tuple(LayerParams(*map(packed, layer)) for layer in params.layers),
+        layers=tuple(LayerParams._make(map(packed, layer)) for layer in params.layers),
         final_norm=params.final_norm,
         lm_head=embed if params.lm_head is params.embed else packed(params.lm_head),
     )
@@ -348,7 +349,7 @@ class _StoredLayers(Sequence[LayerParams]):
     def __len__(self) -> int:
         return self._config.num_hidden_layers
 
-    def __getitem__(self, index: int) -> LayerParams:
+    def __getitem__(self, index: int) -> LayerParams:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         prefix = f"model.layers.{index}."

@@ -14,11 +14,12 @@ log-probabilities, in nats; of several distributions the largest.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from minifuse.methods import FusionMethod
 from minifuse.model import LayerParams, Params
 from minifuse.request import Request, encode_prompt
 from minifuse.results import Generation
+
+T = TypeVar("T")
 
 ROUNDINGS = 4
 NEW_TOKENS = 8
@@ -194,7 +197,7 @@ class Bench:
         methods: Sequence[str] = ALL,
         fuser: Fuser | None = None,
         continuation: Sequence[int] | None = None,
-        **options: object,
+        positions: str = POSITIONS[0],
     ) -> dict[str, Tensor | list[Tensor]]:
         """The engine's distributions along the forced tokens, or other ones."""
         return (fuser or self.fuser).distributions(
@@ -204,7 +207,7 @@ class Bench:
             weights=request.weights,
             continuation=self.forced_ids if continuation is None else continuation,
             methods=methods,
-            **options,
+            positions=positions,
         )
 
     def generate(self, request: Request, methods: str | Sequence[str]) -> dict:
@@ -226,7 +229,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     return math.inf if math.isnan(worst) else worst
 
 
-def flat(found: dict) -> list:
+def flat(found: Mapping[str, T | list[T]]) -> list[T]:
     """Values by method, `per_prompt`'s one by one."""
     return [v for value in found.values() for v in (value if isinstance(value, list) else [value])]
 
@@ -291,7 +294,7 @@ def _pair_weights(held: Params, stored: Params) -> Iterator[tuple[str, Weight, T
 def check_plain_prompt(bench: Bench) -> Finding:
     """The engine's decoder is the definition's."""
     (truth, *_) = bench.truth
-    found = bench.ask(methods=["origin"])["origin"]
+    (found,) = flat(bench.ask(methods=["origin"]))
     return bench.compare(
         "plain decoding", distance(found, truth), "one prompt, dense twin in float64"
     )
@@ -299,11 +302,11 @@ def check_plain_prompt(bench: Bench) -> Finding:
 
 def check_isolation(bench: Bench) -> Finding:
     """What the other segments say does not reach a segment."""
-    found = bench.ask(methods=["per_prompt"])["per_prompt"]
+    found = flat(bench.ask(methods=["per_prompt"]))
     gaps = []
     for index, text in enumerate(REQUEST.segments):
         others = [*OTHER_SEGMENTS[:index], text, *OTHER_SEGMENTS[index + 1 :]]
-        changed = bench.ask(replace(REQUEST, segments=others), ["per_prompt"])["per_prompt"]
+        changed = flat(bench.ask(replace(REQUEST, segments=others), ["per_prompt"]))
         gaps.append(distance(changed[index], found[index]))
     return bench.compare("segments isolated", max(gaps), "each segment beside other ones")
 
@@ -315,7 +318,7 @@ def check_one_segment(bench: Bench) -> Finding:
         method: max(map(partial(distance, bench.truth[0]), flat({method: own})))
         for method, own in found.items()
     }
-    worst = max(gaps, key=gaps.get)
+    worst = max(gaps, key=gaps.__getitem__)
     return bench.compare(
         "one segment is plain decoding", gaps[worst], f"every method, {worst} the furthest"
     )
@@ -323,7 +326,7 @@ def check_one_segment(bench: Bench) -> Finding:
 
 def check_streams(bench: Bench) -> Finding:
     """Each single-segment stream is that prompt alone."""
-    found = bench.ask(methods=["per_prompt"])["per_prompt"]
+    found = flat(bench.ask(methods=["per_prompt"]))
     return bench.compare(
         "streams are prompts alone",
         max(map(distance, found, bench.truth)),
@@ -347,7 +350,7 @@ def check_fused(bench: Bench) -> Finding:
         for positions in POSITIONS
     ]
     truth = bench.twin.distributions(passages, count)
-    found = [bench.ask(methods=["fused"], positions=name)["fused"] for name in POSITIONS]
+    found = [flat(bench.ask(methods=["fused"], positions=name))[0] for name in POSITIONS]
     return bench.compare(
         "fused is as defined", max(map(distance, found, truth)), "aligned and restart, dense twin"
     )
@@ -356,7 +359,7 @@ def check_fused(bench: Bench) -> Finding:
 def check_copies(bench: Bench) -> Finding:
     """Copies of a segment weigh as one."""
     one = bench.ask(replace(REQUEST, segments=REQUEST.segments[:1]), ["fused"])
-    many = bench.ask(replace(REQUEST, segments=REQUEST.segments[:1] * 3), ["fused"])
+    many = bench.ask(replace(REQUEST, segments=[REQUEST.segments[0]] * 3), ["fused"])
     return bench.compare("copies weigh as one", furthest(one, many), "fused, 3 copies against 1")
 
 
@@ -366,7 +369,7 @@ def check_order(bench: Bench) -> Finding:
     first = bench.ask(replace(REQUEST, weights=weights), SYMMETRIC)
     gaps = []
     for shift in (1, 2):
-        segments = REQUEST.segments[shift:] + REQUEST.segments[:shift]
+        segments = (*REQUEST.segments[shift:], *REQUEST.segments[:shift])
         turned = replace(REQUEST, segments=segments, weights=weights[shift:] + weights[:shift])
         gaps.append(furthest(bench.ask(turned, SYMMETRIC), first))
     return bench.compare("order changes nothing", max(gaps), f"{len(SYMMETRIC)} methods, all turns")
@@ -501,7 +504,7 @@ def check_transformers(bench: Bench) -> Finding:
     with torch.inference_mode():
         logits = model(passage.token_ids[None]).logits[0, -len(answer.token_ids) :]
     theirs = logits.double().log_softmax(-1)
-    ours = bench.ask(methods=["origin"], continuation=answer.token_ids)["origin"]
+    (ours,) = flat(bench.ask(methods=["origin"], continuation=answer.token_ids))
     picks = torch.tensor(answer.token_ids)[:, None]
     behind = float((theirs.amax(-1) - theirs.gather(1, picks)[:, 0]).max()) / 2
     measured = max(distance(ours.cpu(), theirs), behind)

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minifuse.config import QUANTIZE_NAMES
 from minifuse.errors import MinifuseError, UsageError
@@ -30,7 +30,7 @@ _is_interrupted = threading.Event()
 class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError, so that all errors look alike; no abbreviated flags."""
 
-    def __init__(self, **options: object):
+    def __init__(self, **options: Any):  # those of argparse
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -137,7 +137,7 @@ def _noted_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    def show(message: Warning | str, *_: object, **__: object) -> None:
+    def show(message: Warning | str, *rest: object, **more: object) -> None:
         first_line, _, _ = str(message).strip().partition("\n")
         print(f"warning: {first_line}", file=sys.stderr)
 

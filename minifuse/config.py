@@ -6,8 +6,9 @@ implemented, or refused by name; a field nobody here knows is reported as a warn
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 from minifuse.errors import ConfigError, UsageError
 
@@ -43,7 +44,7 @@ _READ_FIELDS = frozenset(
 )
 
 # Fields that change the result and are not implemented, with the values that switch them off.
-_NEUTRAL_VALUES = {
+_NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish", None),
     "is_decoder": (True, False),
@@ -294,7 +295,18 @@ class ModelConfig:
 
 
 # What a family fixes, and the defaults its config class has for fields that a file leaves out.
-_FAMILIES = {
+class _Family(TypedDict):
+    attention_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    head_dim: int | None
+    num_key_value_heads: int | None
+    max_position_embeddings: int
+    sliding: str | None
+
+
+_FAMILIES: dict[str, _Family] = {
     "llama": {
         "attention_bias": False,
         "attention_out_bias": True,
@@ -404,7 +416,7 @@ def _refuse_unsupported(raw: dict) -> None:
         )
 
 
-def _read_window(raw: dict, family: dict, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _read_window(raw: dict, family: _Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window and the layers that have it, by the rules of the hub's config classes.
 
     Mistral slides in every layer unless `sliding_window` is null; Qwen, where `use_sliding_window`
@@ -594,9 +606,9 @@ class GenerationConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -627,7 +639,7 @@ class FusionConfig:
     beta: float = 0.5
     balance: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.positions not in POSITION_SCHEMES:
             raise UsageError(
                 f"positions is {self.positions!r}; wanted one of {', '.join(POSITION_SCHEMES)}"
@@ -653,7 +665,7 @@ class ChatConfig:
     system: str | None = None
     variables: Mapping[str, object] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.system is not None and not isinstance(self.system, str):
             raise UsageError(f"system is {type(self.system).__name__}; wanted a string")
         is_named = isinstance(self.variables, Mapping) and all(
@@ -673,14 +685,14 @@ def is_finite(value: int | float) -> bool:
         return False
 
 
-def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def _check_integer(name: str, value: int, low: int, high: int | None = None) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
     if not fits or (high is not None and value > high):
         upper = "" if high is None else f" and at most {high}"
         raise UsageError(f"{name} is {value!r}; wanted an integer of at least {low}{upper}")
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
+def _check_number(name: str, value: float, low: float, high: float) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits or not is_finite(value) or not low <= value <= high:
         span = "a finite number"

@@ -45,7 +45,13 @@ from minifuse.files import format_bytes, list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
 from minifuse.loader import free_memory, resolve_model
 from minifuse.model import forward_plain
-from minifuse.saving import DEFAULT_SHARD_BYTES, ModelSource, QuantizedSource, save_folder
+from minifuse.saving import (
+    DEFAULT_SHARD_BYTES,
+    ModelSource,
+    QuantizedSource,
+    plain_tensors,
+    save_folder,
+)
 from minifuse.tokenizer import TOKENIZER_CONFIG_FILE
 
 BIN_FILE = "pytorch_model.bin"
@@ -140,8 +146,9 @@ def open_source(source: Path | str, quantize: str | None = None) -> ModelSource:
         path = resolve_model(source, check=check, quantize=quantize).folder
     model = _open_path(path)
     config = _check_scheme(model.config, quantize)
-    is_new = config.quantize is not None and "quantization_config" not in model.config
-    return QuantizedSource(model, config.quantize) if is_new else model
+    if config.quantize is not None and "quantization_config" not in model.config:
+        return QuantizedSource(model, config.quantize)
+    return model
 
 
 def _check_scheme(raw: dict, quantize: str | None) -> ModelConfig:
@@ -213,9 +220,9 @@ def check(source: Path | str, target: Path | str) -> Comparison:
     _check_memory(config)
     rounded = (
         (name, tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor)
-        for name, tensor in rounding.tensors()
+        for name, tensor in plain_tensors(rounding)
     )
-    exact = _logits(config, dequantize_tensors(original.tensors()))
+    exact = _logits(config, dequantize_tensors(plain_tensors(original)))
     naive = _logits(config, dequantize_tensors(rounded))
     found = _logits(config, dequantize_tensors(written.tensors()))
     floor = torch.finfo(torch.float32).eps * config.num_hidden_layers * exact.abs().max().item()

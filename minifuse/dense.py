@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minifuse.config import ModelConfig
+from minifuse.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+)
+from minifuse.linear import Weight
 from minifuse.model import LayerParams, Params
 
 
@@ -114,10 +121,12 @@ def run_passages(
     attention:   a list to which each layer's probabilities float[H, T, T] go, by passage
     """
     frequencies, factor = rope_by_hand(config, rope_length)
-    embed = params.embed
+    embed = _as_floats(params.embed)
     states = [embed[p.token_ids.to(embed.device)].to(dtype) for p in passages]
     for index, stored in enumerate(params.layers):
-        layer = LayerParams(*(None if part is None else part.to(dtype) for part in stored))
+        layer = LayerParams._make(
+            None if part is None else _as_floats(part).to(dtype) for part in stored
+        )
         window = config.sliding_window if index in config.sliding_layers else None
         done = [
             _run_layer(config, layer, x, passage, window, frequencies, factor)
@@ -131,7 +140,12 @@ def run_passages(
 
 def read_logits(params: Params, hidden: Tensor) -> Tensor:
     """Logits float[..., V] of hidden states float[..., C]."""
-    return hidden @ params.lm_head.to(hidden.dtype).T
+    return hidden @ _as_floats(params.lm_head).to(hidden.dtype).T
+
+
+def _as_floats(weight: Weight) -> Tensor:
+    assert isinstance(weight, Tensor), "a quantized weight"
+    return weight
 
 
 def _run_layer(
@@ -149,7 +163,7 @@ def _run_layer(
     _, positions, visible, bias, turns = (part.to(x.device) for part in passage)
     qkv = _linear(_norm(x, layer.attn_norm, eps), layer.wqkv, layer.bqkv).view(T, H + 2 * K, D)
     q, k, v = qkv.split([H, K, K], dim=1)
-    if layer.q_norm is not None:
+    if layer.q_norm is not None and layer.k_norm is not None:
         q, k = _norm(q, layer.q_norm, eps), _norm(k, layer.k_norm, eps)
     q = factor * _rotate(q, positions, frequencies)
     scores = x.new_zeros(H, T, T)
@@ -172,8 +186,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.T if bias is None else x @ weight.T + bias
+def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    y = x @ _as_floats(weight).T
+    return y if bias is None else y + bias
 
 
 def _rotate(x: Tensor, positions: Tensor, frequencies: Sequence[float]) -> Tensor:
@@ -192,21 +207,20 @@ def rope_by_hand(config: ModelConfig, rope_length: int | None = None) -> tuple[l
     Pair by pair in plain Python, from the papers' formulas.
     """
     dim, scaling = config.head_dim, config.rope_scaling
-    kind = type(scaling).__name__
     theta, factor = config.rope_theta, 1.0
-    if kind == "DynamicScaling" and rope_length is not None:
+    if isinstance(scaling, DynamicScaling) and rope_length is not None:
         ratio = max(1.0, rope_length / config.max_position_embeddings)
         theta *= (scaling.factor * ratio - scaling.factor + 1) ** (dim / (dim - 2))
     frequencies = []
     for pair in range(dim // 2):
         plain = theta ** (-2 * pair / dim)
-        if kind == "LinearScaling":
+        if isinstance(scaling, LinearScaling):
             kept = 0.0
-        elif kind == "Llama3Scaling":
+        elif isinstance(scaling, Llama3Scaling):
             turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
             width = scaling.high_freq_factor - scaling.low_freq_factor
             kept = min(max((turns - scaling.low_freq_factor) / width, 0.0), 1.0)
-        elif kind == "YarnScaling":
+        elif isinstance(scaling, YarnScaling):
             factor = scaling.attention_factor
 
             def place(turns: float) -> float:
@@ -221,6 +235,6 @@ def rope_by_hand(config: ModelConfig, rope_length: int | None = None) -> tuple[l
             kept = 1 - min(max((pair - low) / max(high - low, 0.001), 0.0), 1.0)
         else:
             kept = 1.0
-        scale = scaling.factor if kept < 1 else 1.0
+        scale = scaling.factor if scaling is not None and kept < 1 else 1.0
         frequencies.append(plain * (kept + (1 - kept) / scale))
     return frequencies, factor

@@ -289,7 +289,8 @@ class Fuser:
         if FusionMethod.VOTE in names:
             raise UsageError("vote has no probabilities to score by; leave it out of methods")
         parsed = [m for m in parse_methods(names) if m is not FusionMethod.VOTE]
-        plan = make_plan(**{**options, "methods": parsed}, max_new_tokens=1)
+        wanted: FusionOptions = {**options, "methods": parsed}
+        plan = make_plan(**wanted, max_new_tokens=1)
         job = self._make_job(request, plan, targets)
         size, _ = self._plan_batch([job], 1)
         with self.executor.pool(size) as pool, torch.inference_mode():
@@ -468,13 +469,13 @@ class Fuser:
                             job, self.model, timings, executor.recompiles - recompiles
                         )
                         found += vote_events(results)
-                        pool.release(job.lease)
+                        pool.release(job.held)
                         del live[index]
                     yield index, found, results
 
     def _admit(self, pool: Pool, waiting: deque[tuple[int, Job]], count: int) -> dict[int, Job]:
         """Give the first jobs that wait their places, as long as they fit, at most to `count`."""
-        admitted = {}
+        admitted: dict[int, Job] = {}
         while waiting and len(admitted) < count:
             index, job = waiting[0]
             lease = self._lease(pool, job)
@@ -537,7 +538,7 @@ class Fuser:
         """One forward over all live streams; every answer gets its next token."""
         steps = [job.next_step() for job in jobs.values()]
         write_rules(pool, jobs.values())  # where answers part
-        leases = [job.lease for job in jobs.values()]
+        leases = [job.held for job in jobs.values()]
         self.executor.move(
             pool, [(lease, copies) for lease, (_, copies) in zip(leases, steps, strict=True)]
         )

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.types import GuardFilterEntry
 
 from minifuse.attention_mass import attention_mass
 from minifuse.cache import KVCache, allocate_cache, mark_static, move_keys
@@ -47,14 +48,15 @@ MAX_DECODE_TOKENS = 128
 # row, unless an expression of more than so many operations gets a buffer of its own (default: 50).
 # The asserts check the shapes of all weights again in every layer of every step.
 # Inductor's CPU template of flex_attention cannot take in what follows it, but is asked to (2.13).
-CPU_OPTIONS = {
+CompileOptions = dict[str, str | int | bool | Callable[..., Any]]
+CPU_OPTIONS: CompileOptions = {
     "realize_opcount_threshold": 8,
     "size_asserts": False,
     "epilogue_fusion": False,
 }
 # What mode="reduce-overhead" stands for: a call replays one recorded CUDA graph. Where that cannot
 # be, for a tensor on the CPU, say, it is an error and not a slow step.
-CUDA_OPTIONS = {
+CUDA_OPTIONS: CompileOptions = {
     "triton.cudagraphs": True,
     "triton.cudagraph_or_error": True,
     "graph_partition": False,
@@ -106,6 +108,8 @@ class Context(NamedTuple):
 # What is run for each lease.
 TokenGroups = Sequence[tuple[Lease, Sequence[Token]]]
 CopyGroups = Sequence[tuple[Lease, Sequence[Copy]]]
+# What every call runs: `prefill_step` or `decode_step`, as it stands or compiled.
+StepFunction = Callable[[Params, ModelConfig, int, Inputs, KVCache, Context], Tensor]
 
 
 class Graph(NamedTuple):
@@ -144,8 +148,10 @@ def prefill_step(
         full=make_mask(labels, tables, block) if num_sliding < config.num_hidden_layers else None,
         sliding=make_mask(labels, tables, block, config.sliding_window) if num_sliding else None,
     )
-    rows = (part[None] for part in (token_ids, positions, slots, inv_freq))
-    return forward(params, config, *rows, cache, masks, live)[0]
+    tokens, places, targets, each_freq = (
+        part[None] for part in (token_ids, positions, slots, inv_freq)
+    )
+    return forward(params, config, tokens, places, targets, each_freq, cache, masks, live)[0]
 
 
 def decode_step(
@@ -174,14 +180,14 @@ class Executor:
         self.params = params
         self.is_compiled = compile
         self.recompiles = 0
-        self._steps = {"prefill": prefill_step, "decode": decode_step}
+        self._steps: dict[str, StepFunction] = {"prefill": prefill_step, "decode": decode_step}
         if compile:
             mark_static(params)
             self._steps = {
                 kind: _compile(step, params.final_norm.device) for kind, step in self._steps.items()
             }
         self.graphs: dict[Graph, GraphRecord] = {}
-        self._ready: dict[Graph, list[Callable]] = {}
+        self._ready: dict[Graph, list[StepFunction]] = {}
         self._free_buffers: list[Buffers] = []
 
     @property
@@ -325,7 +331,7 @@ class Executor:
             # Elsewhere it would have to be read back, and rows cost little.
             live = torch.tensor(min(size, left)) if self.device.type == "cpu" else None
             graph = Graph(kind, size, blocks[size], pool.size)
-            outputs.append(self._run(graph, Inputs(*chunk, live), pool.cache, context))
+            outputs.append(self._run(graph, Inputs._make((*chunk, live)), pool.cache, context))
             left -= size
         return list(torch.cat(outputs)[: sum(lengths)].split(lengths))
 
@@ -350,18 +356,20 @@ class Executor:
             self.recompiles += count_compiled_graphs() - before
         return output
 
-    def _find_ready(self, graph: Graph) -> Callable | None:
+    def _find_ready(self, graph: Graph) -> StepFunction | None:
         """What was compiled for a graph, in the state that torch is in now."""
         for step in self._ready.get(graph, ()):
             if not isinstance(step, Step) or step.fits_state():
                 return step
         return None
 
-    def _compile(self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context) -> Callable:
+    def _compile(
+        self, graph: Graph, inputs: Inputs, cache: KVCache, context: Context
+    ) -> StepFunction:
         """Get a graph ready; if it is run for that, then with padding alone."""
         start = time.perf_counter()
         step, is_stored = self._steps[graph.kind], False
-        nothing = Inputs(*(None if part is None else torch.zeros_like(part) for part in inputs))
+        nothing = Inputs._make(None if part is None else torch.zeros_like(part) for part in inputs)
         args = (self.params, self.config, graph.block, nothing, cache, context)
         # The default limit of 8 graphs per function would end in a silent eager fallback.
         with (
@@ -373,8 +381,8 @@ class Executor:
             ),
         ):
             if self.device.type == "cpu":
-                step = precompile(step, graph.kind, args)
-                is_stored = step.is_stored
+                stored = precompile(step, graph.kind, args)
+                step, is_stored = stored, stored.is_stored
             else:
                 for _ in range(RECORDING_CALLS):
                     step(*args)
@@ -387,13 +395,13 @@ class Executor:
         return step
 
 
-def _upload(rows: Sequence, device: torch.device) -> Tensor:
+def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """A tensor of Python numbers on a device, without waiting for what a GPU is busy with."""
     pinned = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
 
 
-def _each_inv_freq(groups: Sequence[tuple[Lease, Sequence]], padding: int) -> Tensor:
+def _each_inv_freq(groups: TokenGroups | CopyGroups, padding: int) -> Tensor:
     """Every token's own frequencies, f32[n + padding, D/2]."""
     counts = [len(tokens) for _, tokens in groups]
     counts[-1] += padding
@@ -403,7 +411,7 @@ def _each_inv_freq(groups: Sequence[tuple[Lease, Sequence]], padding: int) -> Te
     return torch.cat(each)
 
 
-def _compile(step: Callable, device: torch.device) -> Callable:
+def _compile(step: StepFunction, device: torch.device) -> StepFunction:
     """Compile a step for one executor, with guards on what differs from call to call alone.
 
     Params never change, the sizes of a cache are those of the context, and the library's own
@@ -413,21 +421,21 @@ def _compile(step: Callable, device: torch.device) -> Callable:
     """
     own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     if device.type == "cuda":
-        options = {"guard_filter_fn": _keep_guards} | CUDA_OPTIONS
+        options: CompileOptions = {"guard_filter_fn": _keep_guards} | CUDA_OPTIONS
         return _replayed(torch.compile(own, fullgraph=True, dynamic=False, options=options))
     # Compiled ahead of time (`precompiled`): a step's name on disk stands for its guards.
     options = {"guard_filter_fn": lambda entries: [False] * len(entries)} | CPU_OPTIONS
     return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
-def _replayed(compiled: Callable) -> Callable:
+def _replayed(compiled: StepFunction) -> StepFunction:
     """A compiled step on CUDA, whose output stays as it is when others run.
 
     Every call begins a new round of CUDA graphs. Otherwise one that follows another would be taken
     for its continuation, and recorded once for each graph that it ever follows.
     """
 
-    def run(*args: object) -> Tensor:
+    def run(*args: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         # All graphs share their memory: the next to run overwrites this one's output.
         return compiled(*args).clone()
@@ -435,7 +443,7 @@ def _replayed(compiled: Callable) -> Callable:
     return run
 
 
-def _keep_guards(entries: Sequence) -> list[bool]:
+def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
     # Nameless guards are on torch's own state, such as the grad mode.
     kept = ("inputs", "context", "config", "block")
     return [not entry.name or entry.name.startswith(kept) for entry in entries]
@@ -443,7 +451,7 @@ def _keep_guards(entries: Sequence) -> list[bool]:
 
 def count_compiled_graphs() -> int:
     """Graphs that Dynamo has compiled in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def is_short(groups: TokenGroups) -> bool:

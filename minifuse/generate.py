@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,6 +38,9 @@ from minifuse.jsonl import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from minifuse.answers import Results
     from minifuse.engine import Fuser
     from minifuse.results import Generation, StreamEvent
 
@@ -511,8 +514,8 @@ def _print_json(value: dict) -> None:
 
 
 def _drain(
-    events: "Iterator[StreamEvent]", take: "Callable[[StreamEvent], None]"
-) -> "dict[str, Generation | list[Generation]]":
+    events: "Generator[StreamEvent, None, Results]", take: "Callable[[StreamEvent], None]"
+) -> "Results":
     """Hand on every event; returns what the stream itself returns at its end."""
     with contextlib.closing(events):
         while True:

@@ -144,6 +144,7 @@ class GgufCheckpoint:
         for stored in self._reader.tensors:
             if stored.name != _ROPE_FREQS:
                 name = _hub_name(stored.name)
+                assert name is not None, stored.name  # those of no place were refused
                 # No variable holds the tensor, so it goes as soon as its reader is done with it.
                 decode = _read_int4 if name in own_int4 else _dequantize
                 yield name, self._read_tensor(stored, heads.get(name.split(".")[-2]), decode)

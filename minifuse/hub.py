@@ -28,7 +28,8 @@ from minifuse.files import DISK_FULL, format_bytes, is_inside, list_names, read_
 from minifuse.wheels import cache_dir
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import BlobLfsInfo, ModelInfo, RepoSibling
 
 T = TypeVar("T")
 
@@ -93,10 +94,12 @@ def find_snapshot(source: HubSource) -> Path | None:
     with explained(source):
         if _missing_files(source):
             return None
-        return _cached(source, _REQUIRED_FILES[0]).parent
+        return _in_cache(source, _REQUIRED_FILES[0]).parent
 
 
-def fetch_snapshot(source: HubSource, check: Callable[[Path], None] = lambda folder: None) -> Path:
+def fetch_snapshot(
+    source: HubSource, check: Callable[[Path], object] = lambda folder: None
+) -> Path:
     """The folder of a complete snapshot, named by its commit: the cached one, else downloaded.
 
     What is cached is taken without asking the hub, so that a branch does not move under the user.
@@ -116,7 +119,7 @@ def fetch_snapshot(source: HubSource, check: Callable[[Path], None] = lambda fol
         return folder
     with explained(source):
         pinned = _download(source, check)
-        return _cached(pinned, _REQUIRED_FILES[0]).parent
+        return _in_cache(pinned, _REQUIRED_FILES[0]).parent
 
 
 def hub_library() -> ModuleType:
@@ -137,6 +140,13 @@ def hub_library() -> ModuleType:
 def _cached(source: HubSource, name: str) -> Path | None:
     found = _lookup(source, name)
     return Path(found) if isinstance(found, str) else None
+
+
+def _in_cache(source: HubSource, name: str) -> Path:
+    """A file that is known to be there."""
+    path = _cached(source, name)
+    assert path is not None, name
+    return path
 
 
 def _lookup(source: HubSource, name: str) -> object:
@@ -172,13 +182,14 @@ def _read_shards(index: Path) -> list[str]:
     )
 
 
-def _download(source: HubSource, check: Callable[[Path], None]) -> HubSource:
+def _download(source: HubSource, check: Callable[[Path], object]) -> HubSource:
     """Fetch what is missing of a revision, all of it at the one commit that it now stands for."""
     if hub_library().constants.HF_HUB_OFFLINE:
         raise _offline_error(source)
     info = _ask(source)
     files = {file.rfilename: file for file in info.siblings or ()}
     _check_listing(source, files)
+    assert info.sha is not None, "no commit"
     print(f"fetching {source}, commit {info.sha}", file=sys.stderr)
     pinned = replace(source, revision=info.sha)
     _write_ref(source, info.sha)
@@ -187,7 +198,7 @@ def _download(source: HubSource, check: Callable[[Path], None]) -> HubSource:
     for name in (*small, *([] if _SINGLE_FILE in files else [_INDEX_FILE])):
         if not _cached(pinned, name):
             _fetch_file(pinned, files[name])
-    check(_cached(pinned, _REQUIRED_FILES[0]).parent)
+    check(_in_cache(pinned, _REQUIRED_FILES[0]).parent)
     weights = _list_weights(pinned, files)
     _check_space(pinned, weights)
     for file in weights:
@@ -326,7 +337,7 @@ def _weights_hint(files: dict[str, "RepoSibling"]) -> str:
 def _list_weights(pinned: HubSource, files: dict[str, "RepoSibling"]) -> list["RepoSibling"]:
     """The weight files that the cache lacks."""
     is_single = _SINGLE_FILE in files
-    names = [_SINGLE_FILE] if is_single else _read_shards(_cached(pinned, _INDEX_FILE))
+    names = [_SINGLE_FILE] if is_single else _read_shards(_in_cache(pinned, _INDEX_FILE))
     absent = [name for name in names if name not in files]
     if absent:
         raise CheckpointError(
@@ -390,7 +401,7 @@ def _fetch_blob(pinned: HubSource, file: "RepoSibling") -> None:
     that it takes for the same file; the hash catches what locks that do not hold would let happen.
     """
     partial = _partial(pinned, file)
-    blob = partial.with_name(file.lfs.sha256)
+    blob = partial.with_name(_lfs(file).sha256)
     lock = hub_cache() / ".locks" / _repository_folder(pinned).name / f"{blob.name}.lock"
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -426,7 +437,7 @@ def _fetch_rest(pinned: HubSource, file: "RepoSibling", partial: Path) -> None:
             size = output.tell()
             if size > last_size:
                 last_size, last_time = size, time.monotonic()
-            if size >= file.lfs.size:
+            if size >= _lfs(file).size:
                 return
             try:
                 library.file_download.http_get(
@@ -434,7 +445,7 @@ def _fetch_rest(pinned: HubSource, file: "RepoSibling", partial: Path) -> None:
                     output,
                     resume_size=size,
                     headers=headers,
-                    expected_size=file.lfs.size,
+                    expected_size=_lfs(file).size,
                     displayed_filename=file.rfilename,
                 )
                 return
@@ -471,7 +482,13 @@ def _repository_folder(source: HubSource) -> Path:
 
 
 def _partial(pinned: HubSource, file: "RepoSibling") -> Path:
-    return _repository_folder(pinned) / "blobs" / f"{file.lfs.sha256}.part"
+    return _repository_folder(pinned) / "blobs" / f"{_lfs(file).sha256}.part"
+
+
+def _lfs(file: "RepoSibling") -> "BlobLfsInfo":
+    """Size and hash of a large file."""
+    assert file.lfs is not None, file.rfilename
+    return file.lfs
 
 
 @contextlib.contextmanager
@@ -492,7 +509,10 @@ def _explain(source: HubSource, error: Exception) -> MinifuseError:
         error = error.__cause__
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_answer(source, error)
-    number = error.errno if isinstance(error, OSError) else None
+    failed = MinifuseError(f"{source} could not be fetched ({_told(error)}); {_RESUMES}")
+    if not isinstance(error, OSError):
+        return failed
+    number = error.errno
     if number in DISK_FULL:
         return MinifuseError(
             f"the disk of the cache {hub_cache()} is full ({error.strerror}): make room and "
@@ -509,7 +529,7 @@ def _explain(source: HubSource, error: Exception) -> MinifuseError:
             f"{source} could not be fetched ({_told(error)}): a file that the settings name is "
             "missing; look at SSL_CERT_FILE and at the variables HF_*"
         )
-    return MinifuseError(f"{source} could not be fetched ({_told(error)}); {_RESUMES}")
+    return failed
 
 
 def _is_of_cache(error: OSError) -> bool:
@@ -523,7 +543,7 @@ def _is_of_cache(error: OSError) -> bool:
     return path.is_relative_to(cache) or cache.is_relative_to(path)
 
 
-def _explain_answer(source: HubSource, error: Exception) -> MinifuseError:
+def _explain_answer(source: HubSource, error: "HfHubHTTPError") -> MinifuseError:
     """The hub's own refusals; `error` carries its answer."""
     answer = error.response
     status = answer.status_code

@@ -90,7 +90,7 @@ def read_input(
     raises: UsageError naming the file and the line that is wrong.
     """
     prompts: list[PromptLine] = []
-    seen: dict[str | int, str] = {}
+    seen: dict[str | int | None, str] = {}
     for number, where, line in read_json_lines(path, "--input"):
         _check_keys(line, where)
         raw = {"id": number, "prefix": prefix, "suffix": suffix, **line}
@@ -159,10 +159,9 @@ def _read_line(raw: dict, weights: tuple[float, ...] | str | None, where: str) -
 def _read_line_weights(value: object, where: str) -> tuple[float, ...] | str | None:
     if value is None or (isinstance(value, str) and value in WEIGHT_SIGNALS):
         return value
-    is_list = isinstance(value, list) and all(
+    if not isinstance(value, list) or not all(
         isinstance(weight, int | float) and not isinstance(weight, bool) for weight in value
-    )
-    if not is_list:
+    ):
         raise UsageError(
             f"{where}: weights is {value!r}; wanted a list of numbers or one of "
             f"{', '.join(WEIGHT_SIGNALS)}"
@@ -394,7 +393,8 @@ class ResultsFile:
     def _find_done(self, content: bytes) -> int:
         """Fill `done`; returns where the last whole unit ends."""
         end = offset = 0
-        open_id, missing = None, set()
+        open_id: Hashable = None
+        missing: set[Hashable] = set()
         lines = content.split(b"\n")
         for number, raw in enumerate(lines[:-1], 1):
             offset += len(raw) + 1

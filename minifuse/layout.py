@@ -113,7 +113,7 @@ class PackedPrompt:
     copies: dict[int, int] = field(default_factory=dict)
     num_slots: int = 1
     num_labels: int = 1
-    _shared: dict = field(default_factory=dict)
+    _shared: dict[tuple[object, ...], Span] = field(default_factory=dict)
 
     def copy(self) -> "PackedPrompt":
         """The same layout, to be gone on with in another way."""

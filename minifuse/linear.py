@@ -126,14 +126,19 @@ def _packed_product(rows: Tensor, weight: PackedWeight, live: Tensor | None) -> 
         if rows.shape[0] <= INT4_KERNEL_ROWS:
             packed = weight.values.view(weight.scales.shape[1], -1)
             live = None if rows.shape[0] == 1 else live
-            return torch.ops.minifuse.int4_linear(rows.contiguous(), packed, weight.scales, live)
+            y: Tensor = torch.ops.minifuse.int4_linear(
+                rows.contiguous(), packed, weight.scales, live
+            )
+            return y
         products = [_product(rows, half, None, live) for half in _int4_halves(weight, dtype)]
         return _join_halves([product.t() for product in products], weight).t()
     # In float32 the kernel takes one number at a time.
     if rows.shape[0] <= INT8_KERNEL_ROWS and rows.dtype == torch.bfloat16:
         if rows.shape[0] == 1 or live is None:  # an op of our own costs a call of Python
-            return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), *weight)
-        return torch.ops.minifuse.int8_linear(rows.contiguous(), *weight, live)
+            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), *weight)
+        else:
+            y = torch.ops.minifuse.int8_linear(rows.contiguous(), *weight, live)
+        return y
     return _product(rows, dequantize(weight, dtype), None, live)
 
 

@@ -158,7 +158,7 @@ def resolve_device(device: str) -> torch.device:
 def resolve_model(
     model: str | Path | None = None,
     dtype: str = "auto",
-    check: Callable[[dict], None] = lambda config: None,
+    check: Callable[[dict], object] = lambda config: None,
     quantize: str | None = None,
 ) -> Origin:
     """Find a model and bring it into a folder in hub layout, fetching and converting if need be.
@@ -200,7 +200,7 @@ def resolve_model(
 
 def resolve_card(
     card: ModelCard,
-    check: Callable[[dict], None] = lambda config: None,
+    check: Callable[[dict], object] = lambda config: None,
     quantize: str | None = None,
 ) -> Origin:
     """Find a card's model in the cache, or fetch and convert it.
@@ -246,10 +246,11 @@ def _end_tokens(origin: Origin, tokenizer: Tokenizer) -> tuple[int, ...]:
             f"the card of {origin.name} names the stop token "
             f"{origin.stop_tokens[added.index(None)]!r}, which its tokenizer does not have"
         )
-    return tuple(dict.fromkeys((*read_eos_ids(origin.folder), *added)))
+    known = [token_id for token_id in added if token_id is not None]
+    return tuple(dict.fromkeys((*read_eos_ids(origin.folder), *known)))
 
 
-def _resolve_folder(folder: Path, check: Callable[[dict], None]) -> Origin:
+def _resolve_folder(folder: Path, check: Callable[[dict], object]) -> Origin:
     # The config first: a folder that is no model at all deserves that message, not one of weights.
     check(read_json(folder / "config.json"))
     hashes = [f"{path.name} sha256 {file_sha256(path)}" for path in weight_files(folder)]
@@ -257,7 +258,7 @@ def _resolve_folder(folder: Path, check: Callable[[dict], None]) -> Origin:
 
 
 def _resolve_gguf(
-    path: Path, dtype: str, check: Callable[[dict], None], quantize: str | None
+    path: Path, dtype: str, check: Callable[[dict], object], quantize: str | None
 ) -> Origin:
     sha256 = file_sha256(path)
     folder = _converted(path, sha256, dtype, check, quantize)
@@ -267,7 +268,7 @@ def _resolve_gguf(
 def _resolve_hub(
     source: HubSource,
     name: str,
-    check: Callable[[dict], None],
+    check: Callable[[dict], object],
     stop_tokens: tuple[str, ...] = (),
 ) -> Origin:
     folder = fetch_snapshot(source, lambda folder: check(read_json(folder / "config.json")))
@@ -276,7 +277,7 @@ def _resolve_hub(
 
 
 def _converted(
-    path: Path, sha256: str, dtype: str, check: Callable[[dict], None], quantize: str | None
+    path: Path, sha256: str, dtype: str, check: Callable[[dict], object], quantize: str | None
 ) -> Path:
     folder = converted_folder(sha256, dtype, quantize)
     if not folder.is_dir():

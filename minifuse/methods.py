@@ -216,6 +216,7 @@ def make_answers(
     if spec.sees is Sees.FIRST:
         indices = (0,)
     elif spec.sees is Sees.HEAVIEST:
+        assert own is not None  # a method that looks for the heaviest has a weighting
         indices = (max(everyone, key=lambda i: (own[i], segment_ids[i])),)
     return tuple(map(alone_answer, indices))
 

@@ -9,14 +9,14 @@ D head size, C hidden size, F MLP size, V vocabulary, Q and J blocks of queries 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from minifuse.cache import KVCache, allocate_cache, write_cache
 from minifuse.config import ModelConfig
@@ -56,7 +56,7 @@ class Params(NamedTuple):
     """
 
     embed: Weight  # [V, C]
-    layers: tuple[LayerParams, ...]
+    layers: Sequence[LayerParams]  # a tuple, but for what `checkpoint.open_params` reads
     final_norm: Tensor  # float[C]
     lm_head: Weight  # [V, C]
 
@@ -117,7 +117,8 @@ def lookup(table: Tensor, *indices: Tensor) -> Tensor:
     Written as the operator: the subscript becomes an autograd function there, which
     `nested_compile_region` cannot functionalise (torch 2.13).
     """
-    return torch.ops.aten.index.Tensor(table, list(indices))
+    found: Tensor = torch.ops.aten.index.Tensor(table, list(indices))
+    return found
 
 
 def query_block_tokens(num_tokens: int, wanted: int, group_size: int, device: torch.device) -> int:
@@ -145,7 +146,7 @@ def query_block_rows(num_tokens: int, num_blocks: int, group_size: int, device_t
     return padded
 
 
-def kernel_options(q_BKTD: Tensor) -> dict[str, int] | None:
+def kernel_options(q_BKTD: Tensor) -> FlexKernelOptions | None:
     """What the kernel is to run with, where its own default is a wrong one.
 
     Torch (2.13) means Triton's decode kernel to have three stages on Hopper and Blackwell, but an
@@ -201,7 +202,7 @@ def attend(
     G = q_BKTD.shape[2] // T
     rows = query_block_rows(T, blocks.num_partial.shape[2], G, keys.device.type)
 
-    def score_mod(score, b, h, q, k):
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score + lookup(bias, b, q // G, k)
 
     block_mask = BlockMask.from_kv_blocks(
@@ -262,7 +263,7 @@ def project_heads(
     K, D = keys.shape[1], keys.shape[3]
     qkv = linear(x, layer.wqkv, layer.bqkv, live).view(B, T, -1, D)
     q, k, v = qkv.split((qkv.shape[2] - 2 * K, K, K), dim=2)
-    if layer.q_norm is not None:
+    if layer.q_norm is not None and layer.k_norm is not None:
         q = rms_norm(q, layer.q_norm, eps)
         k = rms_norm(k, layer.k_norm, eps)
     q, k, v = (part.to(keys.dtype) for part in (q, k, v))
@@ -289,10 +290,10 @@ def flatten_layer(layer: LayerParams) -> list[Tensor | None]:
     return parts
 
 
-def unflatten_layer(parts: Iterator[Tensor | None]) -> LayerParams:
+def unflatten_layer(parts: Iterator[Any]) -> LayerParams:
     """Undo `flatten_layer`."""
 
-    def take(name: str) -> Weight | None:
+    def take(name: str) -> Any:  # what the field of that name holds
         values = next(parts)
         scales = next(parts) if name in WEIGHT_FIELDS else None
         return values if scales is None else PackedWeight(values, scales)
@@ -318,8 +319,9 @@ def decoder_layer(
     `parts` are the fields of Rotation and BlockLists, in this order, and a layer as `flatten_layer`
     lays it out.
     """
-    fields = iter(parts)
-    rotation, blocks = (kind(*islice(fields, len(kind._fields))) for kind in (Rotation, BlockLists))
+    fields: Iterator[Any] = iter(parts)
+    rotation = Rotation(*islice(fields, len(Rotation._fields)))
+    blocks = BlockLists(*islice(fields, len(BlockLists._fields)))
     layer = unflatten_layer(fields)
     mask = AttentionMask(bias, blocks)
     normed = rms_norm(x, layer.attn_norm, eps)
@@ -351,10 +353,11 @@ def forward(
     eps, scale = config.rms_norm_eps, config.attention_scale
     layers = zip(params.layers, cache.keys, cache.values, strict=True)
     for index, (layer, keys, values) in enumerate(layers):
-        bias, blocks = masks.sliding if index in config.sliding_layers else masks.full
+        mask = masks.sliding if index in config.sliding_layers else masks.full
+        assert mask is not None, "layers of a kind that has no mask"
         parts = flatten_layer(layer)
         x = decoder_layer(
-            eps, scale, x, keys, values, slots, bias, live, *rotation, *blocks, *parts
+            eps, scale, x, keys, values, slots, mask.bias, live, *rotation, *mask.blocks, *parts
         )
     return rms_norm(x, params.final_norm, eps)
 

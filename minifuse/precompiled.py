@@ -13,8 +13,9 @@ import contextlib
 import gc
 import hashlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Step:
     is_stored: whether it was found on disk
     """
 
-    def __init__(self, function: Callable, args: Sequence, *, is_stored: bool):
+    def __init__(self, function: Any, args: Sequence, *, is_stored: bool):
         # The name on disk says what guards would.
         function.disable_guard_check()
         self.is_stored = is_stored
@@ -46,7 +47,8 @@ class Step:
 
     def __call__(self, *args: object) -> Tensor:
         assert _changing_shapes(args) == self._shapes, "called with other shapes than compiled for"
-        return self._function(*args)
+        output: Tensor = self._function(*args)
+        return output
 
 
 def _changing_shapes(args: Sequence) -> list:
@@ -56,7 +58,7 @@ def _changing_shapes(args: Sequence) -> list:
     return [block, *((tensor.shape, tensor.dtype, tensor.is_contiguous()) for tensor in tensors)]
 
 
-def precompile(compiled: Callable, name: str, args: Sequence) -> Step:
+def precompile(compiled: Any, name: str, args: Sequence) -> Step:
     """Take a step out of the cache, or compile it and put it there.
 
     compiled: what torch.compile returned, with `fullgraph` and without guards
@@ -74,7 +76,7 @@ def precompile(compiled: Callable, name: str, args: Sequence) -> Step:
     return Step(function, args, is_stored=is_stored)
 
 
-def _load(path: Path) -> Callable | None:
+def _load(path: Path) -> Any:
     try:
         with path.open("rb") as file, paused_gc():
             return torch.compiler.load_compiled_function(file)

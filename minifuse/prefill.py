@@ -45,7 +45,7 @@ def prefill(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
 
 def write_rules(pool: Pool, jobs: Iterable[Job]) -> None:
     """Bring the pool's tables up to date."""
-    pool.write_rules([(job.lease, job.packed.sees) for job in jobs])
+    pool.write_rules([(job.held, job.packed.sees) for job in jobs])
 
 
 def tokens_of(spans: Iterable[Span]) -> list[Token]:
@@ -70,7 +70,7 @@ def _run_segments(
 
 @stage("moves")
 def _run_moves(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
-    executor.move(pool, [(job.lease, _copies_of(job)) for job in jobs])
+    executor.move(pool, [(job.held, _copies_of(job)) for job in jobs])
 
 
 def _copies_of(job: Job) -> list[Copy]:
@@ -100,7 +100,7 @@ def run_views(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
 
 
 def _for_each(jobs: Sequence[Job], tokens: Sequence[list[Token]]) -> TokenGroups:
-    return [(job.lease, own) for job, own in zip(jobs, tokens, strict=True)]
+    return [(job.held, own) for job, own in zip(jobs, tokens, strict=True)]
 
 
 def _likelihood(
@@ -118,6 +118,7 @@ def _likelihood(
             stacklevel=2,
         )
         return None
+    assert hidden is not None, "no segment was run"
     starts, start = {}, 0
     for span in spans:
         starts[span] = start

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minifuse.errors import MinifuseError
 from minifuse.files import format_bytes
 from minifuse.warmup import name_graph
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Stages in the order of a request, with their colours in the plot.
 _COLOURS = {
@@ -166,7 +170,7 @@ def bars_of(timeline: list[dict]) -> list[tuple[str, float, float]]:
     return bars
 
 
-def _draw_timeline(axes, timeline: list[dict]) -> None:
+def _draw_timeline(axes: "Axes", timeline: list[dict]) -> None:
     bars = bars_of(timeline)
     totals: dict[str, float] = {}
     for name, _, length in bars:
@@ -194,7 +198,7 @@ def _draw_timeline(axes, timeline: list[dict]) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_contexts(axes, report: dict) -> None:
+def _draw_contexts(axes: "Axes", report: dict) -> None:
     found = report["context"]
     axes.set_title("Step time against context", fontsize=9)
     axes.set_xlabel("live tokens", fontsize=8)

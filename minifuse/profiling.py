@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def profile(
     """
     # Every answer is as long as was asked for.
     fuser.model = replace(fuser.model, eos_token_ids=())
-    report = {"conditions": describe_conditions(), "model": describe_model(fuser)}
+    report: dict[str, Any] = {"conditions": describe_conditions(), "model": describe_model(fuser)}
     report["request"] = {
         **asdict(size),
         "methods": list(size.methods),
@@ -390,8 +391,8 @@ def weight_bytes(fuser: Fuser) -> int:
     params = fuser.model.params
     tensors = [leaf for leaf in tree_leaves(params) if isinstance(leaf, Tensor)]
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
-    if params.embed.data_ptr() != _pointer(params.lm_head):
-        sizes.pop(params.embed.data_ptr(), None)
+    if _pointer(params.embed) != _pointer(params.lm_head):
+        sizes.pop(_pointer(params.embed), None)
     return sum(sizes.values())
 
 

@@ -81,7 +81,7 @@ def explain_recompiles(spans: Sequence[Span] = ()) -> list[dict]:
     for metrics in get_compilation_metrics():
         if not metrics.recompile_reason:
             continue
-        start = metrics.start_time_us / 1e6 - offset
+        start = (metrics.start_time_us or 0) / 1e6 - offset
         found.append(
             {
                 "function": metrics.co_name,

@@ -54,14 +54,8 @@ class FusionOptions(TypedDict, total=False):
     chat_variables: Mapping[str, object] | None
 
 
-class Options(FusionOptions, total=False):
-    """What a call that generates may say besides; defaults are those of `GenerationConfig`.
-
-    attribution: find out what each segment did for every answer, see `results.Attribution`; one
-                 more pass for each (default: False)
-    """
-
-    attribution: bool
+class GenerationOptions(TypedDict, total=False):
+    """How answers are drawn; defaults are those of `GenerationConfig`."""
 
     max_new_tokens: int
     temperature: float
@@ -69,6 +63,16 @@ class Options(FusionOptions, total=False):
     top_p: float
     stop: str | Sequence[str]
     seed: int
+
+
+class Options(FusionOptions, GenerationOptions, total=False):
+    """What a call that generates may say.
+
+    attribution: find out what each segment did for every answer, see `results.Attribution`; one
+                 more pass for each (default: False)
+    """
+
+    attribution: bool
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def make_plan(
     system: str | None = None,
     chat_variables: Mapping[str, object] | None = None,
     attribution: bool = False,
-    **generation: Unpack[Options],
+    **generation: Unpack[GenerationOptions],
 ) -> Plan:
     """Check and sort the options of a call.
 
@@ -268,6 +272,12 @@ class Job:
     lease: Lease | None = None
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
+
+    @property
+    def held(self) -> Lease:
+        """Its lease, once it has been admitted."""
+        assert self.lease is not None, "not admitted"
+        return self.lease
 
     @property
     def num_segments(self) -> int:
@@ -501,7 +511,7 @@ def encode_prompt(tokenizer: Tokenizer, request: Request, frame: Frame) -> Promp
         if not token_ids:
             raise UsageError(f"segment {number} is {text!r}, which the tokenizer drops whole")
         segment_ids.append(token_ids)
-    prefix_ids = ()
+    prefix_ids: Sequence[int] = ()
     if prefix:
         prefix_ids = tokenizer.encode(frame.lead + prefix, is_start=frame.starts_message)
     suffix_ids = tokenizer.encode(request.suffix, is_start=frame.starts_answer)

@@ -32,7 +32,8 @@ def reduce_logits(
     return torch.log_softmax(logprobs.amax(0), dim=-1)
 
 
-def _like(logits: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
+def _like(logits: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
+    assert weights is not None, "means take weights"
     return torch.as_tensor(weights, dtype=logits.dtype, device=logits.device)
 
 

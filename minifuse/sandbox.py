@@ -13,6 +13,11 @@ import contextlib
 import datetime
 import json
 import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from jinja2.parser import Parser
 
 # Answers must not depend on the day; Llama 3's template falls back on the same date.
 TODAY = datetime.datetime(2024, 7, 26)
@@ -45,7 +50,7 @@ def _set_limits(cpu_seconds: int, memory_bytes: int) -> None:
             continue
         _, most = resource.getrlimit(kind)
         if most != resource.RLIM_INFINITY:
-            wanted = tuple(min(value, most) for value in wanted)
+            wanted = (min(wanted[0], most), min(wanted[1], most))
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, wanted)
 
@@ -91,7 +96,7 @@ def _render(request: dict) -> list[str]:
     return texts
 
 
-def _make_environment():
+def _make_environment() -> "Environment":
     """The environment in which templates are written to run: that of transformers."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
@@ -105,9 +110,9 @@ def _make_environment():
     class Generation(Extension):
         """`{% generation %}` marks what a model wrote, for training; here it marks nothing."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  # the type that jinja2 gives it
 
-        def parse(self, parser):
+        def parse(self, parser: "Parser") -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
@@ -115,7 +120,7 @@ def _make_environment():
     class PlainNamespace(Namespace):
         """A namespace that holds nothing that looks like Python's own attributes."""
 
-        def __setitem__(self, name, value):
+        def __setitem__(self, name: str, value: object) -> None:
             if str(name).startswith("_"):
                 raise SecurityError(f"a namespace may not hold {name!r}")
             super().__setitem__(name, value)
@@ -123,25 +128,31 @@ def _make_environment():
     class PlainDict:
         """Makes dicts, and gives no way to the type."""
 
-        def __call__(self, *args, **kwargs):
+        def __call__(self, *args: Any, **kwargs: Any) -> dict:
             return dict(*args, **kwargs)
 
-        def fromkeys(self, *args):
+        def fromkeys(self, *args: Any) -> dict:
             return dict.fromkeys(*args)
 
-    def make_namespace(*args, **kwargs):
+    def make_namespace(*args: Any, **kwargs: Any) -> Namespace:
         made = PlainNamespace()
         for name, value in dict(*args, **kwargs).items():
             made[name] = value
         return made
 
-    def raise_exception(message):
+    def raise_exception(message: object) -> NoReturn:
         raise Refusal(str(message))
 
-    def strftime_now(format):
+    def strftime_now(format: str) -> str:
         return TODAY.strftime(format)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,

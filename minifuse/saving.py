@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class ModelSource(Protocol):
     @property
     def config(self) -> dict: ...
 
+    @property
+    def own_dtype(self) -> str:
+        """Name of the dtype that the weights are stored in."""
+        ...
+
     def tensors(
         self, own_int4: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
@@ -64,6 +69,11 @@ class ModelSource(Protocol):
     def save_files(self, folder: Path) -> None:
         """Write what belongs beside config and weights, the tokenizer above all."""
         ...
+
+
+def plain_tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """A source's tensors, none of which is asked for as it is stored in 4 bits."""
+    return cast("Iterator[tuple[str, Tensor]]", source.tensors())
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,10 @@ class QuantizedSource:
     @property
     def config(self) -> dict:
         return self.source.config | {"quantization_config": quantization_field(self.quantize)}
+
+    @property
+    def own_dtype(self) -> str:
+        return self.source.own_dtype
 
     def tensors(self, own_int4: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """As `expected_tensors` of the quantized config lists them."""
@@ -122,7 +136,7 @@ def save_folder(
         save_checkpoint(
             folder,
             source.config,
-            source.tensors(),
+            plain_tensors(source),
             DTYPES[dtype],
             max_shard_bytes,
             lambda: next(ticks, None),

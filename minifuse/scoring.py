@@ -47,7 +47,7 @@ def target_logprobs(
         ]
         yield from _run_groups(executor, pool, jobs, groups)
         for job in jobs:
-            pool.forget_keys(job.lease, job.packed.num_slots)
+            pool.forget_keys(job.held, job.packed.num_slots)
 
 
 def _run_groups(
@@ -59,14 +59,14 @@ def _run_groups(
     # Copies: the next group, and the answers, start from the same layouts.
     layouts = [job.packed.copy() for job in jobs]
     groups_of_tokens = [
-        (job.lease, _place_targets(packed, _answer_views(job), targets))
+        (job.held, _place_targets(packed, _answer_views(job), targets))
         for packed, job, targets in zip(layouts, jobs, groups, strict=True)
     ]
     outputs: Sequence[Tensor | None] = [None] * len(jobs)
     has_logits = is_short(groups_of_tokens)
     if any(tokens for _, tokens in groups_of_tokens):
         pool.write_rules(
-            [(job.lease, packed.sees) for job, packed in zip(jobs, layouts, strict=True)]
+            [(job.held, packed.sees) for job, packed in zip(jobs, layouts, strict=True)]
         )
         run = executor.decode if has_logits else executor.prefill
         outputs = run(pool, groups_of_tokens)
@@ -93,6 +93,7 @@ def _read(
     for target in targets:
         logits = first_logits[:, None]
         if len(target) > 1:
+            assert output is not None, "no token was run"
             end = start + len(views) * (len(target) - 1)
             forced = output[start:end] if has_logits else executor.unembed(output[start:end])
             logits = torch.cat((logits, forced.view(len(views), len(target) - 1, -1)), dim=1)
@@ -145,7 +146,8 @@ def scoring_slots(job: Job) -> int:
 
 def scores_of(job: Job, count: int) -> Scores:
     """By method, with the first `count` segments."""
-    return by_method(job, count, job.scores)
+    found = by_method(job, count, job.scores)
+    return found  # noqa: RET504  # returned at once, mypy would guess T from the return type
 
 
 def by_method(job: Job, count: int, found: Mapping[Answer, T]) -> dict[str, T | list[T]]:

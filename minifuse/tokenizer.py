@@ -271,7 +271,8 @@ def _configured_tokens(config: dict) -> tuple[set[str], set[str]]:
             entries += value.values()
         elif isinstance(value, list):
             entries += value
-    special, other = set(), set()
+    special: set[str] = set()
+    other: set[str] = set()
     for entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(content, str) and content:
@@ -289,7 +290,7 @@ def _alphabet_tokens(model: dict, controls: Iterable[str]) -> list[str]:
     unknown = model.get("unk_token")
     if isinstance(vocab, list) and isinstance(model.get("unk_id"), int):
         unknown = vocab[model["unk_id"]][0]
-    known = vocab if isinstance(vocab, dict) else {token for token, _ in vocab}
+    known = vocab if isinstance(vocab, dict) else {token for token, _ in vocab or ()}
     needed = re.compile(_BYTE_TOKEN.pattern if model.get("byte_fallback") else ".", re.DOTALL)
     return [
         content

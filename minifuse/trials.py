@@ -184,12 +184,10 @@ def make_text(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if count(words[:middle]) <= num_tokens else (low, middle - 1)
-    parts = words[:low]
-    while (reached := count(parts)) < num_tokens:
+    parts: Sequence[str] | None = words[:low]
+    while parts is not None and (reached := count(parts)) < num_tokens:
         longer = ([*parts, filler] for filler in draw.sample(_FILLERS, len(_FILLERS)))
         parts = next((new for new in longer if reached < count(new) <= num_tokens), None)
-        if parts is None:
-            break
     if parts is None or reached > num_tokens:
         raise UsageError(
             f"no text of {num_tokens} tokens was found in this model's vocabulary; "

@@ -34,7 +34,7 @@ def write_file(
     read_key: Callable[[dict], tuple[Hashable, Hashable]],
     tally: Tally,
     load: "Callable[[], Fuser]",
-    make_lines: "Callable[[Fuser, Collection[Hashable]], Iterator[dict]]",
+    make_lines: "Callable[[Fuser, Collection[Any]], Iterator[dict]]",
     noun: str,
 ) -> None:
     """Do what a file of one line a unit still lacks, with a progress bar; report on all of it.

@@ -53,7 +53,7 @@ class ConfidenceOptions:
     seed: int = 0
     stop: tuple[str, ...] = ("\n",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("samples", self.samples)
         if self.temperature == 0:
             raise UsageError("temperature is 0, which draws the same text always; wanted above 0")
@@ -181,7 +181,12 @@ def _answer(
         stop=list(options.stop),
         seed=0 if is_greedy else derive_seed(options.seed, place),
     )
-    return [list(map(_read_answer, result["per_prompt"])) for result in results]
+    return [_read_answers(result["per_prompt"]) for result in results]
+
+
+def _read_answers(found: "Generation | list[Generation]") -> list[str]:
+    assert isinstance(found, list), "not of `per_prompt`"
+    return list(map(_read_answer, found))
 
 
 def _read_answer(generation: "Generation") -> str:

@@ -224,7 +224,7 @@ def _read_table(paths: Iterable[Path], stem: str, reading: _Reading) -> list[_Fo
             return name in given or column[name] in row.columns
 
         question = row.text(column["question"])
-        paraphrases = (question,)
+        paraphrases: tuple[str, ...] = (question,)
         if has("paraphrases"):
             paraphrases = row.texts(column["paraphrases"])
         item = Item(
@@ -257,9 +257,10 @@ def _read_hub(name: str, reading: _Reading) -> tuple[list[_Found], list[_Found]]
     if source is None or len(rest) > 2 or not all(rest):
         raise UsageError(f"the data set is {name!r}; wanted hf:ORG/NAME[:config][:split]")
     listing = list_hub(source)
+    named: tuple[str | None, ...] = tuple(rest)
     if len(rest) == 1 and rest[0] not in listing.configs:
-        rest = [None, *rest]
-    config, split = (*rest, None, None)[:2]
+        named = (None, *rest)
+    config, split = (*named, None, None)[:2]
     return _read_sides(listing, config, split, reading)
 
 

@@ -12,7 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -126,7 +127,7 @@ def load_pipeline(model: str | None = None) -> "Language":
     return _load_offline(spacy) if model is None else _load_installed(spacy, model)
 
 
-def _load_offline(spacy) -> "Language":
+def _load_offline(spacy: ModuleType) -> "Language":
     pipeline = spacy.blank("en")
     pipeline.add_pipe("lemmatizer", config={"mode": "lookup"})
     try:
@@ -139,7 +140,7 @@ def _load_offline(spacy) -> "Language":
     return pipeline
 
 
-def _load_installed(spacy, model: str) -> "Language":
+def _load_installed(spacy: ModuleType, model: str) -> "Language":
     if not model or not (spacy.util.is_package(model) or os.path.exists(model)):
         raise MinifuseError(
             f"spaCy pipeline {model!r} is not installed; run: python -m spacy download {model}"
@@ -160,7 +161,7 @@ def _load_installed(spacy, model: str) -> "Language":
     return pipeline
 
 
-_worker_state: dict[str, object] = {}
+_worker_state: dict[str, Any] = {}
 
 
 def _start_worker(model: str | None) -> None:

@@ -113,7 +113,7 @@ class ParaphraseOptions:
     max_new_tokens: int = 64
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("count", self.count)
         if self.tries < self.count:
             raise UsageError(
@@ -147,7 +147,7 @@ class ParaphrasedQuestion:
     draws: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._copies = set(map(normalize_answer, (self.question.text, *self.question.known)))
         self._kept: set[str] = set()
 
@@ -401,7 +401,9 @@ def _draw_round(
         seed=derive_seed(options.seed, round),
     )
     for candidate, result in zip(open_questions, results, strict=True):
-        for generation in result["per_prompt"]:
+        answers = result["per_prompt"]
+        assert isinstance(answers, list)
+        for generation in answers:
             candidate.add(generation.text, generation.finish_reason)
 
 

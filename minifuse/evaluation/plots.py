@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib.style
@@ -25,10 +26,10 @@ _WIDTH = 7.2  # inches
 # Each has a contrast of at least 3.5 to white and to the page's dark background.
 _COLORS = ("#3b7dd8", "#c9601a", "#2b9a5b", "#a05ac8", "#808080", "#a67c00")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-_MARKERS = dict(zip(FusionMethod, "os^vDPX*<>phd8", strict=True))
+_MARKERS: dict[str, str] = dict(zip(FusionMethod, "os^vDPX*<>phd8", strict=True))
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _SHADES = (0.08, 0.2, 0.36, 0.54, 0.75)  # opacity of the heat map's groups
-_STYLE = [
+_STYLE: list[str | dict[str, Any]] = [
     "default",  # whatever a user's matplotlibrc says
     {
         "svg.fonttype": "none",
@@ -128,12 +129,16 @@ def _draw_curve(axes: Axes, method: str, place: int, points: Sequence[Point]) ->
         axes.plot(
             point.x, point.y, color=color, marker=_MARKERS[method], markersize=point.size, alpha=0.9
         )
-    banded = [point for point in points if point.low is not None and point.high is not None]
+    banded = [
+        (point.x, point.low, point.high)
+        for point in points
+        if point.low is not None and point.high is not None
+    ]
     if banded:
         axes.fill_between(
-            [point.x for point in banded],
-            [point.low for point in banded],
-            [point.high for point in banded],
+            [x for x, _, _ in banded],
+            [low for _, low, _ in banded],
+            [high for _, _, high in banded],
             color=color,
             alpha=0.13,
             linewidth=0,
@@ -343,7 +348,7 @@ def draw_heat_map(
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
         axes.set_xlabel("paraphrase")
-        handles = [
+        handles: list[Patch | Line2D] = [
             Patch(facecolor=_COLORS[0], alpha=shade, label=label)
             for shade, label in zip(_SHADES, group_labels, strict=False)
         ]
@@ -359,7 +364,7 @@ def _by_family(methods: Sequence[str]) -> dict[str, list[str]]:
     return families
 
 
-def _square(x: float, y: float, **look: object) -> Rectangle:
+def _square(x: float, y: float, **look: Any) -> Rectangle:
     return Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, linewidth=0, **look)
 
 

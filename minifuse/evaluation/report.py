@@ -31,6 +31,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas
@@ -153,7 +154,7 @@ def _jinja() -> jinja2.Environment:
     return environment
 
 
-def _get(tree: object, *keys: object) -> object:
+def _get(tree: Any, *keys: object) -> Any:
     """What lies under the keys, None where the way ends early; NaN counts as nothing."""
     for key in keys:
         if not isinstance(tree, Mapping):
@@ -163,7 +164,7 @@ def _get(tree: object, *keys: object) -> object:
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
-def _number(value: object, digits: int = 3) -> str:
+def _number(value: Any, digits: int = 3) -> str:
     """A number for a cell, with a real minus sign; a dash where there is none."""
     if value is None or isinstance(value, str) or not math.isfinite(value):
         return "\N{EN DASH}"
@@ -182,7 +183,7 @@ def _clip(text: str, limit: int = MAX_CHARS) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
 
 
-def _command(command: object) -> str | None:
+def _command(command: Iterable[object] | None) -> str | None:
     if command is None or isinstance(command, str):
         return command
     return shlex.join(map(str, command))

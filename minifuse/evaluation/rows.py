@@ -80,7 +80,7 @@ class Row:
     def texts(self, name: str, *, may_be_empty: bool = False) -> tuple[str, ...]:
         """A list of texts, at least one unless it may be empty."""
         value = self._value(name)
-        if self.is_text:
+        if self.is_text and isinstance(value, str):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
@@ -305,8 +305,7 @@ class Listing:
         return configs[config]
 
     def _check_whole(self, names: list[str]) -> None:
-        shards = [_SHARD.fullmatch(PurePosixPath(name).stem) for name in names]
-        count = shards[0]["count"]
+        count = _shard_of(PurePosixPath(names[0]))["count"]
         if count is not None and len(names) != int(count):
             raise UsageError(
                 f"{self.place} has {len(names)} of the {int(count)} files that {names[0]} is one "
@@ -314,11 +313,17 @@ class Listing:
             )
 
 
+def _shard_of(path: PurePosixPath) -> re.Match[str]:
+    match = _SHARD.fullmatch(path.stem)
+    assert match is not None, path  # of any name
+    return match
+
+
 def _config_and_split(name: str) -> tuple[str, str]:
     """From data/SPLIT-0-of-1.parquet, CONFIG/SPLIT-0-of-1.parquet or CONFIG/SPLIT/0000.parquet."""
     path = PurePosixPath(name)
     folders = [part for part in path.parts[:-1] if part != "data"]
-    split = _SHARD.fullmatch(path.stem)["stem"]
+    split = _shard_of(path)["stem"]
     if folders and (split.isdecimal() or folders[-1] in _SPLITS):
         split = folders.pop().removeprefix("partial-")
     return "/".join(folders) or "default", split

@@ -7,6 +7,7 @@ the gold answers. `tables` and `summary` make sense of that afterwards.
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from minifuse.answers import Results
 from minifuse.command import check_interrupt
@@ -37,7 +38,7 @@ class RunPlan:
     choice: str
     seed: int
     weights: Mapping[str, tuple[float, ...]] | str | None
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
 
 
 def run_items(
@@ -132,9 +133,11 @@ def _ask_for(
 def _make_ask(item: Item, count: int, builder: PromptBuilder, plan: RunPlan) -> _Ask:
     indices = choose_paraphrases(item, count, plan.choice, plan.seed)
     prompt = builder.build(item, [item.paraphrases[i] for i in indices])
-    weights = plan.weights
-    if isinstance(weights, Mapping):
-        weights = weights_of(weights, item.id, indices, len(item.paraphrases))
+    weights: tuple[float, ...] | str | None
+    if isinstance(plan.weights, Mapping):
+        weights = weights_of(plan.weights, item.id, indices, len(item.paraphrases))
+    else:
+        weights = plan.weights
     request = Request(list(prompt.segments), prompt.prefix, prompt.suffix, weights, id=item.id)
     return _Ask(item, (count,), indices, request)
 
@@ -180,7 +183,7 @@ def _make_records(common: dict, results: Results, scores: Scores, *, shares: int
     records = []
     for method, value in results.items():
         for generation in value if isinstance(value, list) else [value]:
-            own = scores.get(method)
+            own: Any = scores.get(method)
             if own is not None and generation.paraphrase_index is not None:
                 own = own[generation.paraphrase_index]
             records.append(common | _describe(generation, own, common["n"], shares))
@@ -238,5 +241,5 @@ def _count_hits(hits: dict[str, list[bool]], records: Sequence[dict]) -> None:
 def _describe_hits(hits: Mapping[str, Sequence[bool]]) -> str:
     """Running exact-match accuracy of the best three methods."""
     means = {method: sum(values) / len(values) for method, values in hits.items()}
-    best = sorted(means, key=means.get, reverse=True)[:3]
+    best = sorted(means, key=means.__getitem__, reverse=True)[:3]
     return " ".join(f"{method} {means[method]:.3f}" for method in best)

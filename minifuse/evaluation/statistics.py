@@ -103,7 +103,7 @@ def _entries(values: np.ndarray, resampled: np.ndarray | None) -> list[dict[str,
     found = []
     for column, count in enumerate(num_items):
         entry = {"mean": means[column], "low": None, "high": None, "num_items": int(count)}
-        if count >= 2:
+        if ends is not None and count >= 2:
             entry |= {"low": ends[0, column], "high": ends[1, column]}
             if np.ptp(cells[~np.isnan(cells[:, column]), column]) == 0:
                 entry["note"] = ALL_ALIKE
@@ -120,17 +120,19 @@ def mean_of(values: np.ndarray) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has the mean NaN
-        return np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
+        return np.asarray(
+            np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
+        )
 
 
 def _quantiles(resampled: np.ndarray) -> np.ndarray:
     """f64[2, K]: the ends of the percentile interval of each column."""
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     if not np.isnan(resampled).any():
-        return np.quantile(resampled, tails, axis=0)
+        return np.asarray(np.quantile(resampled, tails, axis=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanquantile(resampled, tails, axis=0)
+        return np.asarray(np.nanquantile(resampled, tails, axis=0))
 
 
 def share_of_distance(
@@ -162,7 +164,8 @@ def share_of_distance(
         if (resampled[:, 1] > 0).all():
             low, high = _quantiles(resampled[:, :1] / resampled[:, 1:])[:, 0]
             found |= {"low": low, "high": high}
-    return to_plain(found)
+    plain: dict[str, Any] = to_plain(found)
+    return plain
 
 
 # ---- Tests
@@ -286,7 +289,7 @@ def paired(
         both = ~np.isnan(differences[..., column])
         a, b = first[both, column], second[both, column]
         num_items = entry["num_items"]
-        result = {
+        result: dict[str, Any] = {
             "num_items": num_items,
             "first_mean": a.mean() if num_items else None,
             "second_mean": b.mean() if num_items else None,
@@ -294,12 +297,14 @@ def paired(
             "low": entry["low"],
             "high": entry["high"],
             "by_draw": by_draw[:, column],
-            "p_bootstrap": bootstrap_p(resampled[:, column]) if num_items > 1 else None,
+            "p_bootstrap": None,
             "p_mcnemar": None,
             "first_only": None,
             "second_only": None,
             "detectable": None,
         }
+        if resampled is not None and num_items > 1:
+            result["p_bootstrap"] = bootstrap_p(resampled[:, column])
         if is_binary[column]:
             first_only, second_only = int((a > b).sum()), int((b > a).sum())
             result |= {"first_only": first_only, "second_only": second_only}
@@ -316,7 +321,7 @@ def paired(
             if num_items > 1 and num_draws == 1:
                 result["detectable"] = detectable_mean(float(np.std(a - b, ddof=1)), num_items)
             # What does not vary has no error, whatever rounding makes of it.
-            elif num_items > 1 and entry.get("note") != ALL_ALIKE:
+            elif resampled is not None and num_items > 1 and entry.get("note") != ALL_ALIKE:
                 error = float(np.nanstd(resampled[:, column], ddof=1))
                 result["detectable"] = detectable_difference(error)
         if "note" in entry:
@@ -338,21 +343,22 @@ def calibration(
     returns: ece, None without answers; bins with low, high, count, confidence and accuracy
              (means; None where a bin is empty)
     """
-    confidence, is_right = np.asarray(confidence, float), np.asarray(is_right, float)
+    scores, right = np.asarray(confidence, float), np.asarray(is_right, float)
     edges = np.arange(num_bins + 1) / num_bins
-    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, num_bins - 1)
+    which = np.clip(np.searchsorted(edges, scores, side="left") - 1, 0, num_bins - 1)
     bins, error = [], 0.0
     for number in range(num_bins):
         inside = which == number
         entry = {"low": edges[number], "high": edges[number + 1], "count": int(inside.sum())}
         entry |= {"confidence": None, "accuracy": None}
         if entry["count"]:
-            entry["confidence"] = confidence[inside].mean()
-            entry["accuracy"] = is_right[inside].mean()
+            entry["confidence"] = scores[inside].mean()
+            entry["accuracy"] = right[inside].mean()
             gap = abs(entry["confidence"] - entry["accuracy"])
-            error += entry["count"] / len(confidence) * gap
+            error += entry["count"] / len(scores) * gap
         bins.append(entry)
-    return to_plain({"ece": error if len(confidence) else None, "bins": bins})
+    plain: dict[str, Any] = to_plain({"ece": error if len(scores) else None, "bins": bins})
+    return plain
 
 
 def agreement(predictions: Sequence[str]) -> float | None:

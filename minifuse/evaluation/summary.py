@@ -413,9 +413,10 @@ def _of_all_prompts(items: _Items, how: Mapping[str, int]) -> tuple[dict, dict]:
     if PER_PROMPT not in items.methods:
         return {}, {}
     best, worst = items.single.max(axis=2), items.single.min(axis=2)
-    return tuple(
+    of_best, of_worst = (
         dict(zip(MEASURES, intervals(values, **how), strict=True)) for values in (best, worst)
     )
+    return of_best, of_worst
 
 
 def _shares_of_distance(items: _Items, how: Mapping[str, int]) -> dict[str, dict[str, Any] | None]:
@@ -433,13 +434,13 @@ def _shares_of_distance(items: _Items, how: Mapping[str, int]) -> dict[str, dict
     means = {method: mean for method, mean in means.items() if not np.isnan(mean)}
     if not means or PER_PROMPT not in items.methods:
         return {}
-    reference = max(means, key=means.get)
+    reference = max(means, key=means.__getitem__)
     best_single = items.single[..., column].max(axis=2)
     shares: dict[str, dict[str, Any] | None] = {}
     for method in FUSED:
         if method in items.methods:
-            values = (items.of(name)[..., column] for name in (method, reference))
-            share = share_of_distance(*values, best_single, **how)
+            values, baseline = (items.of(name)[..., column] for name in (method, reference))
+            share = share_of_distance(values, baseline, best_single, **how)
             shares[method] = share and {"reference": reference, **share}
     return shares
 
@@ -495,7 +496,7 @@ def _by_relation(table: "DataFrame", items: _Items, how: Mapping[str, int]) -> d
         if isinstance(relation, str):
             rows_of.setdefault(relation, []).append(row)
     return {
-        relation: {"num_items": len(rows), "methods": _measured(items.take(rows), how)}
+        relation: {"num_items": len(rows), "methods": _measured(items.take(np.array(rows)), how)}
         for relation, rows in sorted(rows_of.items())
     }
 

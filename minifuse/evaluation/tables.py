@@ -8,10 +8,10 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from minifuse.errors import MinifuseError, UsageError, one_line
 from minifuse.evaluation.extras import import_extra
@@ -26,6 +26,7 @@ from minifuse.evaluation.matching import (
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from pyarrow import Table
 
 TABLE_SUFFIXES = (".parquet", ".feather", ".csv")
 
@@ -70,7 +71,7 @@ ATTRIBUTION_COLUMNS = ("attention", "without", "alone")
 _MAY_BE_MISSING = ("paraphrase_index", "relation", "positions", "answer_logprob")
 # What no two records have in common.
 _KEY = ("id", "n", "draw", "method", "paraphrase_index")
-_DTYPES = {_COUNT: "Int64", _NUMBER: "float64", _FLAG: "bool"}
+_DTYPES: dict[str | None, object] = {_COUNT: "Int64", _NUMBER: "float64", _FLAG: "bool"}
 
 
 def read_records(path: Path) -> list[dict]:
@@ -83,7 +84,8 @@ def read_records(path: Path) -> list[dict]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    records, seen = [], {}
+    records: list[dict] = []
+    seen: dict[tuple, int] = {}
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -250,7 +252,7 @@ def apply_rules(table: "DataFrame") -> "DataFrame":
         raise UsageError(f"the table has no column {', '.join(missing)}; the rules read it")
     texts = list(zip(table["prediction"], table["answers"], strict=True))
     lemmas = list(zip(table["predict_lemma"], table["answer_lemmas"], strict=True))
-    rules = {
+    rules: dict[str, list] = {
         "match_lemma": [match_lemma(*row) for row in lemmas],
         "match_lemma_both": [match_lemma_both(*row) for row in lemmas],
         "match_exact": [match_exact(*row) for row in texts],
@@ -286,6 +288,7 @@ def read_table(path: Path) -> "DataFrame":
 
     raises: UsageError for another suffix, or a file that cannot be read or is damaged
     """
+    read: dict[str, Callable[[Path], Mapping[str, Sequence]]]
     read = {".parquet": _read_parquet, ".feather": _read_feather, ".csv": _read_csv}
     suffix = _suffix_of(path)
     try:
@@ -314,7 +317,7 @@ def _confidence_of(record: dict) -> float:
     return math.exp(min(0.0, math.fsum(logprobs) / len(logprobs)))
 
 
-def _make_frame(columns: dict[str, list]) -> "DataFrame":
+def _make_frame(columns: Mapping[str, Sequence]) -> "DataFrame":
     """A frame with known columns first; the same types whatever the rows hold, none included."""
     pandas = import_extra("pandas")
     known = [name for name in COLUMNS if name in columns]
@@ -334,10 +337,10 @@ def _is_missing(value: object) -> bool:
     return value is None or value != value  # NaN alone differs from itself
 
 
-def _to_arrow(table: "DataFrame"):
+def _to_arrow(table: "DataFrame") -> "Table":
     pyarrow = import_extra("pyarrow")
     text = pyarrow.string()
-    types = {
+    types: dict[str | None, object] = {
         _TEXT: text,
         _COUNT: pyarrow.int64(),
         _NUMBER: pyarrow.float64(),
@@ -353,15 +356,15 @@ def _to_arrow(table: "DataFrame"):
     return pyarrow.table(arrays)
 
 
-def _write_parquet(table: "DataFrame", file) -> None:
+def _write_parquet(table: "DataFrame", file: IO[bytes]) -> None:
     import_extra("pyarrow.parquet").write_table(_to_arrow(table), file)
 
 
-def _write_feather(table: "DataFrame", file) -> None:
+def _write_feather(table: "DataFrame", file: IO[bytes]) -> None:
     import_extra("pyarrow.feather").write_feather(_to_arrow(table), file)
 
 
-def _write_csv(table: "DataFrame", file) -> None:
+def _write_csv(table: "DataFrame", file: IO[bytes]) -> None:
     table = table.copy()
     for name in table:
         if COLUMNS.get(name) in (_TEXTS, _TEXT_LISTS, _NUMBERS):
@@ -381,12 +384,12 @@ def _read_feather(path: Path) -> dict[str, Sequence]:
         return import_extra("pyarrow.feather").read_table(file).to_pydict()
 
 
-def _read_csv(path: Path) -> dict[str, Sequence]:
+def _read_csv(path: Path) -> dict[str, list]:
     table = import_extra("pandas").read_csv(
         path, dtype=str, keep_default_na=False, encoding="utf-8", encoding_errors="strict"
     )
     flags = {"True": True, "False": False}
-    read = {
+    read: dict[str | None, Callable[[str], Any]] = {
         _TEXT: str,
         _COUNT: int,
         _NUMBER: float,
@@ -395,7 +398,7 @@ def _read_csv(path: Path) -> dict[str, Sequence]:
         _TEXT_LISTS: json.loads,
         _NUMBERS: json.loads,
     }
-    columns = {}
+    columns: dict[str, list] = {}
     for name in table:
         kind = COLUMNS.get(name)
         values = list(table[name])
