@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ROOT / "examples" / "questions.jsonl"
 # A file that is continued is killed so many times at most before it may end.
 KILLS_IN_A_ROW = 4
-# Where rounding may differ from run to run nothing is promised to the byte: one thread, no compiler.
+# Nothing is promised to the byte where sums are shared out over other numbers of threads.
 ENVIRON = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
