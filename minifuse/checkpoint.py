@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from minifuse.config import DTYPE_NAMES, QUANTIZE_GROUP, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
-from minifuse.files import is_inside, list_names, read_json
+from minifuse.files import check_unchanged, file_version, is_inside, list_names, read_json
+from minifuse.linear import Weight
 from minifuse.model import WEIGHT_FIELDS, LayerParams, Params
 from minifuse.quantize import INT4_ROWS, KINDS, QuantizedTensor, dequantize, pack, quantize_weight
 
@@ -50,11 +51,15 @@ PROGRESS_BYTES = 10**9
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies: its file, its shape, and its dtype as safetensors spells it."""
+    """Where a tensor lies: its file, its shape, and its dtype as safetensors spells it.
+
+    version: of the file when its header was read
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    version: tuple[int, ...] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -542,19 +547,25 @@ def _show_progress(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tenso
 
 
 def read_tensors(stored: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Hub name and values of tensors in safetensors files, one at a time."""
+    """Hub name and values of tensors in safetensors files, one at a time.
+
+    raises: CheckpointError where a file is no longer what its header was read from
+    """
     for name, tensor in stored.items():
+        check_unchanged(tensor.path, tensor.version)
         # A mapping counts as memory for as long as it is open, so each tensor gets its own.
         with _open(tensor.path) as file:
             yield name, file.get_tensor(name)
+        check_unchanged(tensor.path, tensor.version)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     found = {}
     with _open(path) as file:
+        version = file_version(path)
         for name in file.keys():  # noqa: SIM118 - a safe_open is no mapping
             part = file.get_slice(name)
-            found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
+            found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype(), version)
     odd = [f"{name} is {t.dtype}" for name, t in found.items() if not _is_storable(name, t.dtype)]
     if odd:
         raise CheckpointError(

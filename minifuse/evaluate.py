@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from minifuse.command import Parser, add_model_flags, load_fuser, run_command
 from minifuse.config import POSITION_SCHEMES, WEIGHT_SIGNALS, FusionConfig
-from minifuse.errors import UsageError
+from minifuse.errors import MinifuseError, UsageError
 from minifuse.evaluation.flags import add_dataset_flags, read_dataset
 from minifuse.jsonl import checked
 
@@ -242,7 +242,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     plan = RunPlan(methods, counts, args.choice, args.seed, weights, options)
     with RunFolder(args.output, config, resume=args.resume) as folder:
         run_items(fuser, items, builders, plan, folder, batch_size=args.batch_size)
-    _finish(args.output, args)
+        _finish(args.output, args)
 
 
 def _read_counts(args: argparse.Namespace) -> tuple[int, ...]:
@@ -332,12 +332,15 @@ def _hash_file(path: Path | None) -> str | None:
 
 
 def _finish(run: Path, args: argparse.Namespace) -> None:
-    """Tables, summary and report of a run's records."""
+    """Tables, summary and report of a run's records, each whole or as it was.
+
+    raises: MinifuseError where they cannot be written
+    """
     from minifuse.evaluation.records import RECORDS_FILE, read_run
     from minifuse.evaluation.report import write_report
     from minifuse.evaluation.summary import summarise
     from minifuse.evaluation.tables import make_table, read_records
-    from minifuse.files import write_json
+    from minifuse.files import new_file, write_json
 
     config, environment = read_run(run)
     table = make_table(read_records(run / RECORDS_FILE), args.spacy_model)
@@ -346,8 +349,12 @@ def _finish(run: Path, args: argparse.Namespace) -> None:
     if args.family is not None:
         scoring["family"] = _read_family(args.family)
     summary = summarise(table, config | scoring)
-    write_json(run / "summary.json", summary)
-    write_report(run / "report.html", table, summary, config | scoring, environment)
+    try:
+        write_json(run / "summary.json", summary)
+    except OSError as error:
+        raise MinifuseError(f"{run}/summary.json cannot be written: {error.strerror}") from None
+    with new_file(run / "report.html") as page:
+        write_report(page, table, summary, config | scoring, environment)
     _print_summary(summary)
     print(f"wrote {run}/report.html, summary.json and results.*", file=sys.stderr)
 
@@ -378,7 +385,10 @@ def _score_command(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     _add_score_flags(parser)
     args = parser.parse_args(arguments)
-    _finish(args.run, args)
+    from minifuse.evaluation.records import hold_run
+
+    with hold_run(args.run):
+        _finish(args.run, args)
 
 
 def _lemmatize_command(arguments: Sequence[str]) -> None:

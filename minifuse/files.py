@@ -1,13 +1,21 @@
-"""What modules that read and write models share: JSON files, paths, and how both are spoken of."""
+"""What modules that read and write share: files that are whole or not there, JSON, paths."""
 
+import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import warnings
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 
-from minifuse.errors import CheckpointError, one_line
+from minifuse.errors import CheckpointError, MinifuseError, UsageError, one_line
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None
 
 # An OSError of these numbers: no room on the disk, in a quota, in what one file may hold.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,9 +43,135 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON object for people to read, as UTF-8."""
+    """Write a JSON object for people to read, as UTF-8; whole or not at all."""
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    with new_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Another name to write to, `NAME.partial`, which gives way to the file's own at the end.
+
+    What a killed process left under it is written over, so one process at a time may write.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file or folder until it is closed; its process's end closes it, too.
+
+    returns: False where another process has locked it, None where there are no locks
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some disks have none
+        return None
+    return True
+
+
+class GrowingFile:
+    """A file that grows by whole pieces, and belongs to one process at a time."""
+
+    def __init__(self, path: Path):
+        """Open a file, or make an empty one.
+
+        raises: UsageError where another process has it open; OSError
+        """
+        self.path = path
+        while True:
+            self.is_new = not path.exists()
+            # For reading too, but positioned at the end: every write appends.
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            is_locked = try_lock(self._file.fileno())
+            if is_locked is False:
+                self._file.close()
+                raise UsageError(
+                    f"another process is writing to {path}; wait until it is done, or choose "
+                    "another --output"
+                )
+            self._end = self._file.seek(0, os.SEEK_END)
+            if self._is_in_place():
+                break
+            self._file.close()  # removed by who had it, after it was opened here
+        if is_locked is None:
+            warnings.warn(
+                f"{path} cannot be locked here: see to it that no other process writes to it",
+                stacklevel=3,
+            )
+
+    def read(self) -> bytes:
+        """All of it."""
+        self._file.seek(0)
+        return self._file.read()
+
+    def cut(self, end: int) -> None:
+        """Forget what lies behind a byte."""
+        self._file.truncate(end)
+        self._end = end
+
+    def append(self, content: bytes) -> None:
+        """Write a piece: all of it, or nothing.
+
+        raises: MinifuseError where something else changed the file; OSError
+        """
+        if not self._is_in_place():
+            raise MinifuseError(
+                f"{self.path} was changed or removed by something else meanwhile, and is left "
+                "alone; choose another --output"
+            )
+        try:
+            written = 0
+            while written < len(content):
+                written += self._file.write(content[written:])
+            os.fsync(self._file.fileno())
+        except BaseException:  # an interrupt too must leave whole pieces
+            self._file.truncate(self._end)
+            raise
+        self._end += len(content)
+
+    def close(self, *, remove: bool = False) -> None:
+        """Let other processes have it; remove it first if it is to go."""
+        if remove:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _is_in_place(self) -> bool:
+        """Whether the path still leads to what was opened, as it was left."""
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return False
+        is_same = os.path.samestat(there, os.fstat(self._file.fileno()))
+        return is_same and there.st_size == self._end
+
+
+def file_version(path: Path) -> tuple[int, ...]:
+    """What differs once a file was written to or replaced."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, version: tuple[int, ...]) -> None:
+    """Compare with an earlier `file_version`.
+
+    raises: CheckpointError
+    """
+    with contextlib.suppress(OSError):
+        if file_version(path) == version:
+            return
+    raise CheckpointError(
+        f"{path} was changed while it was read; start again once nothing writes to it"
+    )
 
 
 def list_names(names: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from minifuse.config import WEIGHT_SIGNALS
 from minifuse.errors import MinifuseError, UsageError
+from minifuse.files import GrowingFile, new_file
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,8 @@ class ResultsFile:
         read_key:     a line's unit and its key; KeyError or TypeError for a line of another kind
         source_names: keys of a line that say which model made it; without any, call
                       `check_source` before the first `append`
-        raises:       UsageError where the file belongs to another run; MinifuseError where it
-                      cannot be written.
+        raises:       UsageError where the file belongs to another run, or another process has it;
+                      MinifuseError where it cannot be written.
         """
         self.path = path
         self.done: set[Hashable] = set()
@@ -272,10 +272,8 @@ class ResultsFile:
         self._source_names = tuple(source_names)
         self._source: dict[str, Any] | None = None
         self._record_path = path.with_name(f"{path.name}.run.json")
-        self._is_new = not path.exists()
         with self._as_error():
-            # For reading too, but positioned at the end: every write appends.
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            self._file = GrowingFile(path)
         try:
             with self._as_error():
                 self._take_up()
@@ -291,30 +289,22 @@ class ResultsFile:
 
     def close(self) -> None:
         """Close the file; one that this call made and left empty is removed."""
-        is_empty = self._is_new and os.fstat(self._file.fileno()).st_size == 0
-        self._file.close()
+        is_empty = self._file.is_new and not self._file.read()
         if is_empty:
-            self.path.unlink(missing_ok=True)
             self._record_path.unlink(missing_ok=True)
+        self._file.close(remove=is_empty)
 
     def append(self, lines: Sequence[dict]) -> None:
         """Write one unit's lines: all of them, or none.
 
-        raises: UsageError where another model made the lines that are there.
+        raises: UsageError where another model made the lines that are there; MinifuseError where
+                something else changed the file, or it cannot be written.
         """
         if self._source_names:
             self._compare_source(self._source_of(lines[0]))
         content = "".join(f"{dump_json(line)}\n" for line in lines).encode("utf-8")
         with self._as_error():
-            end = self._file.seek(0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(content):
-                    written += self._file.write(content[written:])
-                os.fsync(self._file.fileno())
-            except BaseException:  # an interrupt too must leave whole units
-                self._file.truncate(end)
-                raise
+            self._file.append(content)
 
     def check_source(self, source: Mapping[str, Any]) -> None:
         """Keep which model makes the lines, where they do not say so themselves.
@@ -327,7 +317,6 @@ class ResultsFile:
             self._write_record()
 
     def _take_up(self) -> None:
-        self._file.seek(0)
         content = self._file.read()
         if content:
             record = self._read_record()
@@ -342,7 +331,7 @@ class ResultsFile:
                     )
             if not self._source_names:
                 self._source = record.get("source")
-            self._file.truncate(end)
+            self._file.cut(end)
         self._write_record()
 
     def _write_record(self) -> None:
@@ -350,9 +339,9 @@ class ResultsFile:
         if self._source is not None and not self._source_names:
             record["source"] = self._source
         record["requests"] = {json.dumps(id): u.fingerprint for id, u in self._units.items()}
-        partial = self._record_path.with_name(f"{self._record_path.name}.partial")
-        partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(partial, self._record_path)
+        text = json.dumps(record, ensure_ascii=False, indent=1)
+        with new_file(self._record_path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     def _read_record(self) -> dict:
         # Whatever is wrong with it, the answer is the same.

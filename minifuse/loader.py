@@ -16,12 +16,13 @@ start together, or stop half way, leave whole files alone.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minifuse.cache import cache_bytes
@@ -35,11 +36,12 @@ from minifuse.errors import (
     ModelNotFoundError,
     UsageError,
 )
-from minifuse.files import read_json
+from minifuse.files import check_unchanged, file_version, read_json
 from minifuse.gguf import read_gguf
 from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
 from minifuse.model import Params
-from minifuse.saving import QuantizedSource, save_folder
+from minifuse.quantize import QuantizedTensor
+from minifuse.saving import ModelSource, QuantizedSource, save_folder
 from minifuse.tokenizer import Tokenizer
 from minifuse.wheels import converted_folder, fetch_gguf, file_sha256
 
@@ -66,12 +68,41 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Origin:
-    """A folder in hub layout and where it came from."""
+    """A folder in hub layout and where it came from.
+
+    versions: of files whose hashes `source` holds, when these were taken
+    """
 
     folder: Path
     name: str
     source: str
     stop_tokens: tuple[str, ...] = ()
+    versions: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _SteadySource:
+    """A model in a file that must not change from when its hash was taken until all of it is read.
+
+    raises: CheckpointError, at the last tensor
+    """
+
+    source: ModelSource
+    path: Path
+    version: tuple[int, ...]
+
+    @property
+    def config(self) -> dict:
+        return self.source.config
+
+    def tensors(
+        self, own_int4: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+        yield from self.source.tensors(own_int4)
+        check_unchanged(self.path, self.version)
+
+    def save_files(self, folder: Path) -> None:
+        self.source.save_files(folder)
 
 
 def load_model(
@@ -122,6 +153,8 @@ def load_model(
     dtype_beside(config.quantize, str(torch_dtype).removeprefix("torch."))
     _check_memory(config, torch_dtype, place)
     params = load_params(origin.folder, stored_config, torch_dtype, place, quantize)
+    for path, version in origin.versions.items():
+        check_unchanged(path, version)
     return LoadedModel(
         config=config,
         params=params,
@@ -215,7 +248,8 @@ def resolve_card(
     folder = converted_folder(source.sha256, source.dtype, quantize)
     if not folder.is_dir():
         path = fetch_gguf(source, card.name)
-        folder = _converted(path, source.sha256, source.dtype, check, quantize)
+        version = file_version(path)
+        folder = _converted(path, version, source.sha256, source.dtype, check, quantize)
     return Origin(folder, card.name, f"{source}; sha256 {source.sha256}", card.stop_tokens)
 
 
@@ -253,15 +287,18 @@ def _end_tokens(origin: Origin, tokenizer: Tokenizer) -> tuple[int, ...]:
 def _resolve_folder(folder: Path, check: Callable[[dict], object]) -> Origin:
     # The config first: a folder that is no model at all deserves that message, not one of weights.
     check(read_json(folder / "config.json"))
-    hashes = [f"{path.name} sha256 {file_sha256(path)}" for path in weight_files(folder)]
-    return Origin(folder, folder.resolve().name, f"folder {folder}; {', '.join(hashes)}")
+    versions = {path: file_version(path) for path in weight_files(folder)}
+    hashes = [f"{path.name} sha256 {file_sha256(path)}" for path in versions]
+    source = f"folder {folder}; {', '.join(hashes)}"
+    return Origin(folder, folder.resolve().name, source, versions=versions)
 
 
 def _resolve_gguf(
     path: Path, dtype: str, check: Callable[[dict], object], quantize: str | None
 ) -> Origin:
+    version = file_version(path)
     sha256 = file_sha256(path)
-    folder = _converted(path, sha256, dtype, check, quantize)
+    folder = _converted(path, version, sha256, dtype, check, quantize)
     return Origin(folder, path.stem, f"file {path}; sha256 {sha256}")
 
 
@@ -277,7 +314,12 @@ def _resolve_hub(
 
 
 def _converted(
-    path: Path, sha256: str, dtype: str, check: Callable[[dict], object], quantize: str | None
+    path: Path,
+    version: tuple[int, ...],
+    sha256: str,
+    dtype: str,
+    check: Callable[[dict], object],
+    quantize: str | None,
 ) -> Path:
     folder = converted_folder(sha256, dtype, quantize)
     if not folder.is_dir():
@@ -285,7 +327,8 @@ def _converted(
         own = checkpoint.own_dtype if dtype == "auto" else dtype
         check(checkpoint.config | {"torch_dtype": own})
         progress = partial(tqdm, desc=f"converting {path.name}, once", unit="tensor")
-        source = QuantizedSource(checkpoint, quantize) if quantize else checkpoint
+        source: ModelSource = _SteadySource(checkpoint, path, version)
+        source = QuantizedSource(source, quantize) if quantize else source
         save_folder(folder, source, dtype=own, progress=lambda it, n: progress(it, total=n))
     return folder
 

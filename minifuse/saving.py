@@ -34,7 +34,7 @@ from minifuse.checkpoint import (
 )
 from minifuse.config import ModelConfig, quantization_field
 from minifuse.errors import MinifuseError, one_line
-from minifuse.files import DISK_FULL, format_bytes, write_json
+from minifuse.files import DISK_FULL, format_bytes, try_lock, write_json
 from minifuse.quantize import QuantizedTensor
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -256,13 +256,17 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
     needed: bytes that will be written
     """
     parents = [folder for folder in target.parents if not os.path.lexists(folder)]
+    prefix = f".{target.name}.partial-"
     try:
+        if not parents:
+            _remove_abandoned(target.parent, prefix)
         _check_space(target, needed)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         try:
             temporary.chmod(0o755)
-            yield temporary
+            with _locked(temporary):
+                yield temporary
         except OSError as error:
             # Before the folder goes, and leaves free what was not.
             raise _explain(target, needed, error) from error
@@ -275,6 +279,32 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 for folder in parents:
                     folder.rmdir()
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed processes have left of folders: they may be as large as models.
+
+    Whoever writes into one holds its lock before anything lies in it.
+    """
+    with contextlib.suppress(OSError):
+        for folder in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
+            if any(folder.iterdir()):
+                with _locked(folder) as is_locked:
+                    if is_locked:
+                        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Hold a folder's lock; yields what `try_lock` returns."""
+    if os.name != "posix":
+        yield None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield try_lock(handle)
+    finally:
+        os.close(handle)
 
 
 def _explain(target: Path, needed: int, error: OSError) -> MinifuseError:

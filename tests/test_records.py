@@ -162,7 +162,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path):
 
 def test_a_disk_that_is_full_leaves_whole_items(run, monkeypatch):
     with RunFolder(run, CONFIG, resume=True) as folder:
-        file = folder._file
+        file = folder._file._file
 
         class Full:
             written = 0
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_leaves_whole_items(run, monkeypatch):
                 self.written = file.write(content[:10])
                 return self.written
 
-        monkeypatch.setattr(folder, "_file", Full())
+        monkeypatch.setattr(folder._file, "_file", Full())
         with pytest.raises(MinifuseError, match="No space left on device"):
             folder.append(lines_of("c"))
     assert read_records(run) == lines_of("a") + lines_of("b")

@@ -7,14 +7,13 @@ records.jsonl      one line per answer; those of one item, one N and one draw ar
 
 import contextlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import read_json, write_json
+from minifuse.files import GrowingFile, read_json, write_json
 
 FORMAT = 2
 CONFIG_FILE = "config.json"
@@ -23,6 +22,14 @@ RECORDS_FILE = "records.jsonl"
 
 # What tells one group of lines from another: they are written together, or not at all.
 _UNIT = ("id", "n", "draw")
+
+# What a process that was killed before it could write the config leaves; no run as yet.
+_BEGINNING = {
+    ENVIRONMENT_FILE,
+    RECORDS_FILE,
+    f"{CONFIG_FILE}.partial",
+    f"{ENVIRONMENT_FILE}.partial",
+}
 
 # What may differ between the call that began a run and one that goes on with it.
 _FREE_FIELDS = frozenset(["command", "batch_size"])
@@ -37,28 +44,30 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any], *, resume: bool):
         """Begin a run, or take one up; a torn end is cut off.
 
-        raises: UsageError where the folder holds a run and `resume` is False, or another run;
-                MinifuseError where it cannot be read or written
+        raises: UsageError where the folder holds a run and `resume` is False, or another run, or
+                another process has it; MinifuseError where it cannot be read or written
         """
         self.path = path
         self.done: set[tuple[str, int, int]] = set()
         self._is_new = False
         config = json.loads(json.dumps(config | {"format": FORMAT}))  # as it will be read
         with self._as_error():
-            if (path / CONFIG_FILE).exists():
-                if not resume:
+            self._check_free()
+            path.mkdir(parents=True, exist_ok=True)
+            self._file = GrowingFile(path / RECORDS_FILE)
+            try:
+                if not (path / CONFIG_FILE).exists():
+                    self._begin(config)
+                elif not resume:
                     raise UsageError(
                         f"{path} holds a run already; go on with it by --resume, or choose another "
                         "--output"
                     )
-                _check_same(path, read_json(path / CONFIG_FILE), config)
-            else:
-                self._begin(config)
-            self._file = (path / RECORDS_FILE).open("a+b", buffering=0)
-            try:
+                else:
+                    _check_same(path, read_json(path / CONFIG_FILE), config)
                 self._take_up()
-            except BaseException:
-                self._file.close()
+            except BaseException as error:
+                self.__exit__(None, error, None)
                 raise
 
     def __enter__(self) -> "RunFolder":
@@ -66,45 +75,41 @@ class RunFolder:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close it; a run that this call began and that failed at once leaves nothing behind."""
-        self._file.close()
-        if self._is_new and not self.done and isinstance(error, Exception):
-            for name in (CONFIG_FILE, RECORDS_FILE, ENVIRONMENT_FILE):
+        has_failed = self._is_new and not self.done and isinstance(error, Exception)
+        if has_failed:
+            for name in (CONFIG_FILE, ENVIRONMENT_FILE):
                 (self.path / name).unlink(missing_ok=True)
+        self._file.close(remove=has_failed)
+        if has_failed:
             self.path.rmdir()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the lines of one item, one N and one draw: all of them, or none.
 
-        raises: MinifuseError where the disk is full, say
+        raises: MinifuseError where the disk is full, say, or something else changed the file
         """
         records = list(records)
         content = b"".join(_dump(record) for record in records)
         with self._as_error():
-            end = self._file.seek(0, os.SEEK_END)
-            try:
-                written = 0
-                while written < len(content):
-                    written += self._file.write(content[written:])
-                os.fsync(self._file.fileno())
-            except BaseException:  # an interrupt, too, must leave whole items
-                self._file.truncate(end)
-                raise
+            self._file.append(content)
         self.done.add(_unit_of(records[0]))
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    def _check_free(self) -> None:
+        """Leave alone what is neither a run, nor empty, nor what a killed process began."""
+        if not self.path.exists() or (self.path / CONFIG_FILE).exists():
+            return
+        records = self.path / RECORDS_FILE
+        is_free = self.path.is_dir() and {file.name for file in self.path.iterdir()} <= _BEGINNING
+        if not is_free or (records.exists() and records.stat().st_size):
             raise UsageError(f"{self.path} is there and holds no run; choose another --output")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / ENVIRONMENT_FILE, describe_environment())
-        # Last, and by renaming: a folder with a config is a run.
-        temporary = self.path / f".{CONFIG_FILE}.{os.getpid()}"
-        write_json(temporary, config)
-        temporary.replace(self.path / CONFIG_FILE)
+
+    def _begin(self, config: dict[str, Any]) -> None:
         self._is_new = True
+        write_json(self.path / ENVIRONMENT_FILE, describe_environment())
+        write_json(self.path / CONFIG_FILE, config)  # last: a folder with a config is a run
 
     def _take_up(self) -> None:
         """Find the items that are whole; what a killed process left of the next one is cut off."""
-        self._file.seek(0)
         position = whole = 0
         group: tuple[str, int, int] | None = None
         left = 0
@@ -130,7 +135,7 @@ class RunFolder:
             if left == 0:
                 whole = position
                 self.done.add(key)
-        self._file.truncate(whole)
+        self._file.cut(whole)
 
     @contextlib.contextmanager
     def _as_error(self) -> Iterator[None]:
@@ -152,6 +157,21 @@ def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = read_json(path / CONFIG_FILE)
     _check_format(path, config)
     return config, read_json(path / ENVIRONMENT_FILE)
+
+
+@contextlib.contextmanager
+def hold_run(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to a finished run.
+
+    raises: as `read_run`; UsageError where one does; MinifuseError where it cannot be written
+    """
+    read_run(path)
+    try:
+        file = GrowingFile(path / RECORDS_FILE)
+    except OSError as error:
+        raise MinifuseError(f"{path} cannot be written: {error.strerror}") from None
+    with contextlib.closing(file):
+        yield
 
 
 def describe_environment() -> dict[str, Any]:
