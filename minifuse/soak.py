@@ -19,6 +19,7 @@ import gc
 import math
 import os
 import random
+import string
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,15 +49,17 @@ MAX_BATCH = 6
 MAX_SEGMENTS = 6
 # What memory may grow by over all calls behind the warm-up, by a line through what is resident.
 GROWTH_BYTES = 32 << 20
-# Calls of the run that warm up, and between two looks at memory.
+# Requests before memory is looked at: this share of all, and so many at least, while torch's own
+# caches fill.
 WARM_SHARE = 0.25
+WARM_REQUESTS = 100
 CALIBRATION_CALLS = 12
 
 WORDS = (
     "the of which what city key value answer is in Norway France Zürich 東京 é def return model "
     "42 3.14 = ? , : ( ) Q: A:"
 ).split()
-STOPS = ("e", "\n", " the", "42", "?", "A:", "qqq")
+STOPS = (*string.ascii_letters, *string.digits, *"?.,:\n", " the", "qqq")
 COMMON_PREFIXES = ("def answer(question):\n", "Q: capital of Japan?\nA: Tokyo\n\n", "é " * 30)
 
 _SCALED = {"rope_theta": 10000.0, "factor": 3.0}
@@ -167,7 +170,7 @@ def draw_call(seed: int, *, max_new_tokens: int, is_short: bool = False) -> Call
         "beta": rng.choice((0.5, 1.0, 3.0, -1.0)),
         "balance": rng.choice((None, 1.0, 0.5, 0.0)),
         "max_new_tokens": rng.randint(1, max_new_tokens),
-        "stop": rng.sample(STOPS, rng.choice((0, 0, 1, 3))),
+        "stop": rng.sample(STOPS, rng.choice((0, 0, 1, 15))),
     }
     if rng.random() < 0.5:
         options |= {
@@ -198,7 +201,7 @@ def _draw_request(rng: random.Random, shared: str, needs_end: bool, is_short: bo
     if needs_end and not suffix:
         # A view of several segments then wants their last tokens to be the same.
         segments = [f"{text} Z" for text in segments]
-    prefix = rng.choice(("", shared, shared, rng.choice(COMMON_PREFIXES), _text(rng, 1, 40)))
+    prefix = rng.choice(("", shared, *COMMON_PREFIXES, _text(rng, 1, 40)))
     numbers = [rng.choice((0.0, 0.25, 1.0, 2.0, 7.5)) for _ in segments]
     weights = rng.choice((None, "likelihood", "confidence", numbers if any(numbers) else None))
     return Request(segments, prefix, suffix, weights)
@@ -756,7 +759,10 @@ def soak(
     samples: list[tuple[int, int]] = []
     while report.requests < requests and not (is_single and report.calls):
         call = draw_call(seed + report.calls, max_new_tokens=max_new_tokens, is_short=is_short)
-        family = call.family if families else ""
+        family = ""
+        if families:
+            is_wanted = call.family in families
+            family = call.family if is_wanted else families[call.seed % len(families)]
         checker, watch = models.get(family) or model_of(family)
         call = fit_call(checker.fuser, call, sizes)
         with warnings.catch_warnings():
@@ -775,7 +781,7 @@ def soak(
         report.faults += faults
         report.calls += 1
         report.requests += len(call.requests)
-        if report.requests >= WARM_SHARE * requests and not is_single:
+        if report.requests >= max(WARM_SHARE * requests, WARM_REQUESTS) and not is_single:
             samples.append((report.requests, resident_bytes()))
         say(report, wrong + faults)
     report.graphs = sum(len(checker.fuser.executor.graphs) for checker, _ in models.values())

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from minifuse.command import Parser, add_model_flags, load_fuser, run_command
@@ -37,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--requests", metavar="N", type=int, default=2000, help="to answer (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of the first call (%(default)s)")
     add("--only", metavar="SEED", type=int, help="run the call of one seed alone")
+    add(
+        "--families",
+        metavar="NAME[,NAME...]",
+        help=f"of the models of --model {TINY}: llama, mistral, qwen2, dynamic, yarn (all)",
+    )
     add("--new-tokens", metavar="N", type=int, default=8, help="at most (%(default)s)")
     return parser
 
@@ -59,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from minifuse.soak import FAMILIES, SIZES, Alone, open_tiny, soak
 
+    families = _families_of(args.families, FAMILIES) if is_tiny else None
     fuser = None if is_tiny else load_fuser(args)
 
     def open_checker(family: str, report):
@@ -82,12 +89,20 @@ def _run(args: argparse.Namespace) -> int:
             is_short=not is_tiny,
             sizes=SIZES if is_tiny else SIZES[:2],
             is_single=args.only is not None,
-            families=FAMILIES if is_tiny else None,
+            families=families,
             say=say,
         )
     seconds = round(time.perf_counter() - start, 1)
     print(json.dumps({"passed": report.is_passed, "seconds": seconds, **asdict(report)}))
     return int(not report.is_passed)
+
+
+def _families_of(text: str | None, known: Iterable[str]) -> tuple[str, ...]:
+    names = tuple(known) if text is None else tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise UsageError(f"a family is {name!r}; wanted one of {', '.join(known)}")
+    return names
 
 
 if __name__ == "__main__":
