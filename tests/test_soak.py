@@ -15,7 +15,7 @@ from minifuse.executor import Executor
 from minifuse.pool import Pool
 from tools.soak import main
 
-OPTIONS = {"max_new_tokens": 4, "families": None}
+OPTIONS = {"max_new_tokens": 4, "families": None, "is_short": True}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def run(checker, **options):
         checker.report = report
         return checker
 
-    return soak.soak(open_checker, **{"seed": 0, "requests": 12, **OPTIONS, **options})
+    return soak.soak(open_checker, **{"seed": 0, "requests": 8, **OPTIONS, **options})
 
 
 def test_a_short_soak_finds_nothing(checker):
@@ -192,12 +192,12 @@ def test_memory_that_grows_is_found(checker, monkeypatch):
     generate, kept = checker.fuser.generate_batch, []
 
     def leak(requests, **options):
-        kept.append(torch.ones(2 << 20))  # 8 MB
+        kept.append(torch.ones(4 << 20))  # 16 MB
         return generate(requests, **options)
 
     monkeypatch.setattr(soak, "WARM_REQUESTS", 2)
     monkeypatch.setattr(checker.fuser, "generate_batch", leak)
-    report = run(checker, requests=24)
+    report = run(checker, requests=16)
     assert report.growth_bytes > soak.GROWTH_BYTES
     assert any("memory grew" in line for line in report.faults)
     assert report.divergences == []
