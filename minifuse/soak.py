@@ -36,6 +36,7 @@ from minifuse.engine import STORED_PREFIXES, Fuser
 from minifuse.errors import MinifuseError
 from minifuse.executor import MAX_DECODE_TOKENS, PADDING, PREFILL_SIZES, count_compiled_graphs
 from minifuse.loader import LoadedModel
+from minifuse.model import KV_BLOCK
 from minifuse.pool import Lease, Need, Pool, Size
 from minifuse.recompiles import count_graph_breaks
 from minifuse.request import Request, encode_prompt, make_plan
@@ -376,6 +377,7 @@ class Checker:
         self.fuser = fuser
         self.tolerance = tolerance
         self.report = report
+        self.watch = Watch(fuser)
 
     def check(self, call: Call, number: int, results: dict) -> Iterator[str]:
         """What is wrong with a request's answers."""
@@ -600,6 +602,7 @@ class Alone(Checker):
         options = {name: call.options[name] for name in names}
         options["methods"] = "per_prompt" if index is not None else one.method
         longer = max(one.token_ids, other.token_ids, key=len)
+        self.watch.is_off = True  # a pool that scores goes as a whole
         found = self.fuser.distributions(
             segments=request.segments,
             prefix=request.prefix,
@@ -608,6 +611,7 @@ class Alone(Checker):
             continuation=longer[: step + 1],
             **options,
         )[options["methods"]]
+        self.watch.is_off = False
         scores = (found if index is None else found[index])[step].double()
         noise = self.noise(call, request, one)
         times = noise.times(step + 1, len(scores))
@@ -645,14 +649,17 @@ class Watch:
 
     def __init__(self, fuser: Fuser):
         self.fuser = fuser
-        self.pools: list[Pool] = []
+        self.lines: list[str] = []
+        self.is_off = False
         make_pool = fuser.executor.pool
 
         @contextlib.contextmanager
         def watched(size: Size) -> Iterator[Pool]:
             with make_pool(size) as pool:
                 yield pool
-                self.pools.append(pool)  # not where it was abandoned
+                # Not where it was abandoned; at once, since the next pool has the same memory.
+                if not self.is_off:
+                    self.lines += _left_in(pool)
 
         fuser.executor.pool = watched
         self.counts = self._count()
@@ -665,7 +672,7 @@ class Watch:
     def start(self) -> None:
         """What has been compiled so far is right."""
         self.counts = self._count()
-        self.pools.clear()
+        self.lines.clear()
 
     def new_graphs(self) -> int:
         """Graphs, graph breaks and recompilations since then; 0 where nothing is compiled ahead."""
@@ -678,25 +685,23 @@ class Watch:
 
     def left_over(self) -> Iterator[str]:
         """What the calls since the last look did not give back."""
-        for pool in self.pools:
-            if pool.num_requests:
-                yield f"{pool.num_requests} leases were not given back"
-            users = sum(lease.users for lease in pool.prefixes.values())
-            if users:
-                yield f"prefixes have {users} users that are gone"
-            pool.release_prefixes()
-            whole = pool.lease(_whole(pool), torch.empty(0))
-            if whole is None or bool((pool.key_labels[min(whole.slots[1:]) :] != 0).any()):
-                yield "slots or labels of a pool were not given back"
-        self.pools.clear()
+        yield from self.lines
+        self.lines.clear()
         if len(self.fuser._prefixes) > STORED_PREFIXES:
             yield f"{len(self.fuser._prefixes)} prefixes are stored"
 
 
-def _whole(pool: Pool) -> Need:
-    """All slots and labels that a pool has to give."""
-    padding = pool.size.slots - 128
-    return Need(padding, pool.size.labels - 1)
+def _left_in(pool: Pool) -> Iterator[str]:
+    """What a pool whose requests are done still holds, beside prefixes."""
+    if pool.num_requests:
+        yield f"{pool.num_requests} leases were not given back"
+    users = sum(lease.users for lease in pool.prefixes.values())
+    if users:
+        yield f"prefixes have {users} users that are gone"
+    pool.release_prefixes()
+    whole = Need(pool.size.slots - KV_BLOCK, pool.size.labels - 1)
+    if pool.lease(whole, torch.empty(0)) is None or bool(pool.key_labels.any()):
+        yield "slots or labels of a pool were not given back"
 
 
 def resident_bytes() -> int:
@@ -746,7 +751,7 @@ def soak(
         if family not in models:
             checker = open_checker(family, report)
             report.tolerances[checker.fuser.model.name] = checker.tolerance
-            watch = Watch(checker.fuser)
+            watch = checker.watch
             if checker.fuser.executor.is_compiled and not is_single:
                 warm_up(checker.fuser, sizes)
             models[family] = checker, watch
