@@ -19,7 +19,6 @@ from tqdm import tqdm
 from minifuse.config import DTYPE_NAMES, QUANTIZE_GROUP, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
 from minifuse.files import check_unchanged, file_version, is_inside, list_names, read_json
-from minifuse.linear import Weight
 from minifuse.model import WEIGHT_FIELDS, LayerParams, Params
 from minifuse.quantize import INT4_ROWS, KINDS, QuantizedTensor, dequantize, pack, quantize_weight
 

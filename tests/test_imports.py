@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors config command files wheels hub cards
     layout lint methods
-    rope cache linear model dense attention_mass masks pool stages precompiled
+    rope cache linear model dense definition attention_mass masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
     executor request answers prefill scoring attribution inspection engine jsonl generate
     pictures inspect
-    artifacts trials warmup recompiles profiling profile_report checks verify
+    artifacts trials warmup recompiles profiling profile_report checks verify soak
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
     evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches
@@ -38,6 +38,7 @@ COMMANDS = (
     "minifuse.inspect",
     "tools.profile_latency",
     "tools.convert_weights",
+    "tools.soak",
     "benchmarks.peers",
     "benchmarks.gpu",
 )

@@ -1,0 +1,224 @@
+"""`python -m tools.soak`: a short soak finds nothing, and each planted fault is found."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+from engine_cases import make_sharp_model
+from tiny_files import write_hub_folder
+
+import minifuse
+from minifuse import engine, pool, soak
+from minifuse.executor import Executor
+from minifuse.pool import Pool
+from tools.soak import main
+
+OPTIONS = {"max_new_tokens": 4, "families": None, "is_short": True}
+
+
+@pytest.fixture(scope="module")
+def checker():
+    """A tiny model with a window, and what its answers are held to."""
+    return soak.open_tiny("mistral", soak.Report(), compile=False)
+
+
+def run(checker, **options):
+    def open_checker(family, report):
+        checker.report = report
+        return checker
+
+    return soak.soak(open_checker, **{"seed": 0, "requests": 8, **OPTIONS, **options})
+
+
+def test_a_short_soak_finds_nothing(checker):
+    report = run(checker, requests=40)
+    assert report.is_passed, report.divergences + report.faults
+    assert report.requests >= 40
+    assert report.tokens > 200
+    assert 0 < report.worst_share < 1
+
+
+def test_calls_are_drawn_from_everything():
+    calls = [soak.draw_call(seed, max_new_tokens=8) for seed in range(300)]
+    assert calls == [soak.draw_call(seed, max_new_tokens=8) for seed in range(300)]
+    assert {call.family for call in calls} == set(soak.FAMILIES)
+    asked = Counter(method for call in calls for method in call.options["methods"])
+    assert set(asked) == {*soak.METHODS, "vote", "all"}
+    requests = [request for call in calls for request in call.requests]
+    assert {len(request.segments) for request in requests} == set(range(1, soak.MAX_SEGMENTS + 1))
+    assert {"likelihood", "confidence", None} <= {
+        r.weights for r in requests if not r.weights or isinstance(r.weights, str)
+    }
+    assert any(isinstance(request.weights, list) for request in requests)
+    for name in ("stop", "temperature", "top_k"):
+        assert {bool(call.options.get(name)) for call in calls} == {False, True}
+    assert {call.streams for call in calls} == {call.forgets for call in calls} == {False, True}
+    assert {len(call.requests) > call.batch_size for call in calls} == {False, True}
+
+
+# Faults: each takes what it needs, and breaks it.
+
+
+def shift_a_bias(fuser, monkeypatch):
+    """A thousandth more attention on the second segment."""
+    write = pool.Pool.write_rules
+    kept = {}
+
+    def write_other(self, rules):
+        others = []
+        for lease, sees in rules:
+            for rule in sees.values():
+                if id(rule) not in kept:
+                    kept[id(rule)] = rule, {k: b + 1e-3 * (k == 3) for k, b in rule.items()}
+            others.append((lease, {label: kept[id(rule)][1] for label, rule in sees.items()}))
+        write(self, others)
+
+    monkeypatch.setattr(pool.Pool, "write_rules", write_other)
+
+
+def keep_a_stale_slot(fuser, monkeypatch):
+    """After a step, the newest key of the first request is the one that lay there before."""
+    decode = Executor.decode
+
+    def forget_a_key(self, own, groups):
+        if not all(tokens for _, tokens in groups):
+            return decode(self, own, groups)
+        lease, tokens = groups[0]
+        slot = lease.slots[tokens[-1].slot]
+        before = [keys[:, :, slot].clone() for keys in own.cache.keys]
+        logits = decode(self, own, groups)
+        for keys, key in zip(own.cache.keys, before, strict=True):
+            keys[:, :, slot] = key
+        return logits
+
+    monkeypatch.setattr(Executor, "decode", forget_a_key)
+
+
+def lose_a_stored_prefix(fuser, monkeypatch):
+    def write_zeros(cache, slots, stored):
+        for layer in cache.keys:
+            layer[:, :, slots] = 0
+
+    monkeypatch.setattr(engine, "write_slots", write_zeros)
+
+
+def pick_with(change):
+    def plant(fuser, monkeypatch):
+        from minifuse import answers
+
+        pick = answers.pick_token
+        monkeypatch.setattr(answers, "pick_token", lambda *args: change(pick, *args))
+
+    return plant
+
+
+def draw_twice(pick, logprobs, config, generator):
+    pick(logprobs, config, generator)
+    return pick(logprobs, config, generator)
+
+
+def take_the_second(pick, logprobs, config, generator):
+    return logprobs.topk(2).indices[1:]
+
+
+def lose_a_lease(fuser, monkeypatch):
+    def release(self, lease):
+        self.num_requests -= 1
+        if lease.prefix is not None:
+            lease.prefix.users -= 1
+
+    # Requests that wait for slots would wait for ever; these have room enough.
+    monkeypatch.setattr(Pool, "release", release)
+
+
+def forget_a_stop(fuser, monkeypatch):
+    from minifuse.results import TextBuilder
+
+    monkeypatch.setattr(TextBuilder, "_cut_at_stop", lambda self, text, searched: False)
+
+
+FAULTS = {
+    "a bias that is a thousandth off": (shift_a_bias, "nats off"),
+    "a stale slot": (keep_a_stale_slot, "nats off"),
+    "a stored prefix that is lost": (lose_a_stored_prefix, "nats off"),
+    "noise that is drawn twice": (pick_with(draw_twice), "behind the definition's pick"),
+    "the second best token": (pick_with(take_the_second), "behind the definition's pick"),
+    "a lease that is lost": (lose_a_lease, "not given back"),
+    "a stop string that is passed over": (forget_a_stop, "its tokens say"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_and_its_seed_repeats_it(checker, monkeypatch, fault):
+    plant, said = FAULTS[fault]
+    checker.fuser.forget_prefixes()
+    plant(checker.fuser, monkeypatch)
+    report = run(checker, requests=40 if plant is forget_a_stop else 8)
+    found = [line for line in report.divergences + report.faults if said in line]
+    assert found
+    assert not report.is_passed
+    if plant is lose_a_stored_prefix:
+        return  # what is stored comes from earlier calls
+    seed = int(re.match(r"seed (\d+)", found[0])[1])
+    again = run(checker, seed=seed, is_single=True)
+    assert again.calls == 1
+    assert any(said in line for line in again.divergences + again.faults)
+
+
+def test_a_graph_compiled_later_is_found(checker, monkeypatch):
+    executor = checker.fuser.executor
+    run_graph = executor._run
+
+    def compile_again(*args):
+        executor.recompiles += 1
+        return run_graph(*args)
+
+    monkeypatch.setattr(executor, "is_compiled", True)
+    monkeypatch.setattr(executor, "_find_ready", lambda graph: executor._steps[graph.kind])
+    monkeypatch.setattr(executor, "_run", compile_again)
+    monkeypatch.setattr(executor, "recompiles", 0)
+    assert any("recompiled" in line for line in run(checker, requests=1).faults)
+
+
+def test_memory_that_grows_is_found(checker, monkeypatch):
+    generate, kept = checker.fuser.generate_batch, []
+
+    def leak(requests, **options):
+        kept.append(torch.ones(4 << 20))  # 16 MB
+        return generate(requests, **options)
+
+    monkeypatch.setattr(soak, "WARM_REQUESTS", 2)
+    monkeypatch.setattr(checker.fuser, "generate_batch", leak)
+    report = run(checker, requests=16)
+    assert report.growth_bytes > soak.GROWTH_BYTES
+    assert any("memory grew" in line for line in report.faults)
+    assert report.divergences == []
+
+
+def test_a_batch_that_changes_answers_is_found(tmp_path, monkeypatch):
+    folder = write_hub_folder(tmp_path / "sharp", make_sharp_model())
+    alone = soak.Alone(minifuse.load(folder, compile=False), soak.Report())
+    sound = run(alone)
+    assert sound.is_passed, sound.divergences + sound.faults
+    assert sound.tokens > 20
+    decode = Executor.decode
+
+    def decode_other(self, own, groups):
+        logits = decode(self, own, groups)
+        return [1.01 * each for each in logits] if len(groups) > 1 else logits
+
+    monkeypatch.setattr(Executor, "decode", decode_other)
+    assert any("alone" in line for line in run(alone).divergences)
+
+
+def test_the_command(capsys):
+    assert main(["--no-compile", "--only", "3", "--new-tokens", "2"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out.splitlines()[-1])
+    assert report["passed"]
+    assert report["calls"] == 1
+    assert main(["--requests", "0"]) == 2
+    assert "error: --requests is 0; wanted at least 1" in capsys.readouterr().err
+    assert main(["--dtype", "bfloat16"]) == 2
