@@ -13,16 +13,14 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import minifuse
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import hash_sources, is_inside
+from minifuse.files import hash_sources, is_inside, new_file
 
 FORMAT = 1
 _MANIFEST = "minifuse-artifacts.json"
@@ -69,7 +67,7 @@ def save_artifacts(folder: Path, path: Path) -> int:
         if file.is_file() and file.suffix not in _LEFT_OUT and "locks" not in file.parts
     )
     try:
-        with _new_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with new_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             archive.writestr(_MANIFEST, json.dumps(describe_build()))
             for file in found:
                 name = _FILES + file.relative_to(folder).as_posix()
@@ -140,19 +138,5 @@ def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
 
 def _write(target: Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _new_file(target) as temporary:
+    with new_file(target) as temporary:
         temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside a file, which gets its own once it is whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from minifuse.config import QUANTIZE_NAMES
-from minifuse.errors import MinifuseError, UsageError
+from minifuse.errors import MAX_MESSAGE_CHARS, MinifuseError, UsageError, one_line
 
 if TYPE_CHECKING:
     from minifuse.engine import Fuser
@@ -80,7 +80,7 @@ def run_command(work: Callable[[], int | None], interrupted: str = "interrupted"
             status = work()
         sys.stdout.flush()
     except MinifuseError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -123,7 +123,7 @@ def _noted_interrupts() -> Iterator[None]:
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: object, **__: object) -> None:
         first_line, _, _ = str(message).strip().partition("\n")
-        print(f"warning: {first_line}", file=sys.stderr)
+        print(f"warning: {one_line(first_line, MAX_MESSAGE_CHARS)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -1,25 +1,36 @@
 """What modules that read and write models share: JSON files, paths, and how both are spoken of."""
 
+import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 
-from minifuse.errors import CheckpointError, one_line
+from minifuse.errors import CheckpointError, MinifuseError, one_line
 
 # An OSError of these numbers: no room on the disk, in a quota, in what one file may hold.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A tokenizer.json of 256,000 tokens has some 30 MB; parsed, it takes several times as much.
+MAX_JSON_BYTES = 2**27
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
-    raises: CheckpointError where the file is missing, unreadable, not UTF-8, not JSON, or holds
-            something else
+    raises: CheckpointError where the file is missing, unreadable, too large, not UTF-8, not JSON,
+            or holds something else
     """
     try:
+        num_bytes = path.stat().st_size
+        if num_bytes > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} has {num_bytes:,} bytes; wanted JSON of at most {MAX_JSON_BYTES:,}"
+            )
         content = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; wanted a model in hub layout") from None
@@ -40,6 +51,46 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def read_toml(path: Path, kind: type[MinifuseError], name: str) -> dict:
+    """The table in a TOML file.
+
+    kind:   what is raised where the file cannot be read, or is no TOML in UTF-8
+    name:   what an error calls the file
+    """
+    try:
+        content = tomllib.loads(path.read_bytes().decode("utf-8"))
+        # An integer in hexadecimals may have more digits than Python writes out in a message.
+        repr(content)
+    except OSError as error:
+        raise kind(f"{name} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{name} {path} is not TOML in UTF-8: {one_line(error)}") from None
+    return content
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside a path, private until it is whole and gets the path's name.
+
+    Where writing it fails, nothing is left, and what had that name before stays.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a text file in UTF-8, whole or not at all; `errors` as in `str.encode`."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
 def list_names(names: Iterable[str]) -> str:
     """Names out of a file for a message, sorted; quoted where one would break the line."""
     return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names))
@@ -48,7 +99,8 @@ def list_names(names: Iterable[str]) -> str:
 def is_inside(path_text: str) -> bool:
     """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
     windows = PureWindowsPath(path_text)
-    return bool(windows.parts) and not windows.anchor and ".." not in windows.parts
+    is_name = bool(windows.parts) and "\0" not in path_text
+    return is_name and not windows.anchor and ".." not in windows.parts
 
 
 def format_bytes(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from minifuse.config import WEIGHT_SIGNALS
 from minifuse.errors import MinifuseError, UsageError
+from minifuse.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -344,9 +345,7 @@ class ResultsFile:
         if self._source is not None and not self._source_names:
             record["source"] = self._source
         record["requests"] = {json.dumps(id): u.fingerprint for id, u in self._units.items()}
-        partial = self._record_path.with_name(f"{self._record_path.name}.partial")
-        partial.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(partial, self._record_path)
+        write_whole(self._record_path, json.dumps(record, ensure_ascii=False, indent=1))
 
     def _read_record(self) -> dict:
         # Whatever is wrong with it, the answer is the same.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import read_json, write_json
+from minifuse.files import new_file, read_json, write_json
 
 FORMAT = 2
 CONFIG_FILE = "config.json"
@@ -97,9 +97,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / ENVIRONMENT_FILE, describe_environment())
         # Last, and by renaming: a folder with a config is a run.
-        temporary = self.path / f".{CONFIG_FILE}.{os.getpid()}"
-        write_json(temporary, config)
-        temporary.replace(self.path / CONFIG_FILE)
+        with new_file(self.path / CONFIG_FILE) as temporary:
+            write_json(temporary, config)
         self._is_new = True
 
     def _take_up(self) -> None:

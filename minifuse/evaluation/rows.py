@@ -8,7 +8,6 @@ import csv
 import hashlib
 import itertools
 import json
-import os
 import re
 import warnings
 from collections import Counter
@@ -18,9 +17,11 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from minifuse.errors import MinifuseError, UsageError, one_line
+from minifuse.files import write_whole
 from minifuse.hub import (
     PATIENCE_S,
     HubSource,
+    checked_info,
     explained,
     hub_cache,
     hub_endpoint,
@@ -187,7 +188,10 @@ def _read_csv(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
+            try:
+                header = next(reader, [])
+            except csv.Error as error:
+                raise UsageError(f"{path}: the header is not CSV: {error}") from None
             _check_names(path, header)
             for number in itertools.count(1):
                 where = f"{path}, row {number}"
@@ -232,7 +236,8 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
                     number += 1
                     values = {name: cells[place] for name, cells in zip(wanted, lists, strict=True)}
                     yield Row(f"{path}, row {number}", values, there)
-    except (arrow_error, UnicodeDecodeError) as error:
+    # The last two of values that Python has no room for, such as dates after the year 9999.
+    except (arrow_error, ValueError, OverflowError) as error:
         raise UsageError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
@@ -385,11 +390,13 @@ def _list_revision(source: HubSource, place: str) -> Listing | None:
         return cached
     api = library.HfApi()
     try:
-        info = within(
-            PATIENCE_S,
-            lambda: api.dataset_info(
-                source.repository, revision=source.revision, timeout=PATIENCE_S
-            ),
+        info = checked_info(
+            within(
+                PATIENCE_S,
+                lambda: api.dataset_info(
+                    source.repository, revision=source.revision, timeout=PATIENCE_S
+                ),
+            )
         )
     except Exception as error:
         if (
@@ -399,7 +406,7 @@ def _list_revision(source: HubSource, place: str) -> Listing | None:
             return None
         is_answer = isinstance(error, library.errors.HfHubHTTPError)
         is_local = isinstance(error, OSError) and error.errno is not None
-        if is_answer or is_local:
+        if is_answer or is_local or isinstance(error, MinifuseError):
             raise
         if cached is not None and cached.names:
             warnings.warn(
@@ -446,6 +453,4 @@ def _write_ref(source: HubSource, commit: str) -> None:
         return
     ref = _repository_folder(source) / "refs" / source.revision
     ref.parent.mkdir(parents=True, exist_ok=True)
-    temporary = ref.with_name(f".{ref.name}.{os.getpid()}")
-    temporary.write_text(commit, encoding="utf-8")
-    temporary.replace(ref)
+    write_whole(ref, commit)

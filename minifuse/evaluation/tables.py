@@ -6,7 +6,6 @@ Lists are lists in parquet and feather, and JSON text in CSV.
 import csv
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from minifuse.evaluation.matching import (
     match_lemma_both,
     token_f1,
 )
+from minifuse.files import new_file
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -226,14 +226,9 @@ def write_table(table: "DataFrame", path: Path) -> None:
     """
     write = {".parquet": _write_parquet, ".feather": _write_feather, ".csv": _write_csv}
     suffix = _suffix_of(path)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        try:
-            with partial.open("wb") as file:
-                write[suffix](table, file)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path) as temporary, temporary.open("wb") as file:
+            write[suffix](table, file)
     except OSError as error:
         raise MinifuseError(f"{path} cannot be written: {error.strerror or error}") from None
     except (ValueError, TypeError) as error:  # a column that is not what `COLUMNS` says
