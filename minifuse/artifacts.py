@@ -127,9 +127,11 @@ def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
                 f"{here[name]}; make it anew here with --save"
             )
     cpu = made.get("cpu")
-    lacking = sorted(set(cpu if isinstance(cpu, list) else [str(cpu)]) - set(here["cpu"]))
+    lacking = sorted(
+        {str(name) for name in (cpu if isinstance(cpu, list) else [cpu])} - {*here["cpu"]}
+    )
     if lacking:
-        named = one_line(", ".join(map(str, lacking[:5])))
+        named = one_line(", ".join(lacking[:5]))
         raise UsageError(
             f"{path} was made for a CPU with {named}, which this one lacks; make it anew here with "
             "--save"

@@ -114,9 +114,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     write_whole(path, "old")
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "new\ud800")
-    with pytest.raises(KeyboardInterrupt), new_file(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def stop_half_way():
+        with new_file(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_half_way()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

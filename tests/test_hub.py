@@ -29,7 +29,6 @@ NAME = "org/tiny"
 CLIENT = """
 import json, os, resource, signal, sys, time, warnings
 from minifuse import hub
-from minifuse.errors import CheckpointError
 from minifuse.errors import MinifuseError
 pause = time.sleep
 time.sleep = lambda seconds: pause(min(seconds, 0.05))

@@ -2,8 +2,11 @@
 
 import json
 import math
+import struct
 
 import pandas
+import pyarrow
+import pyarrow.feather
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -327,4 +330,17 @@ def test_a_bad_cell_names_its_column(tmp_path, column, value):
     cells = pandas.read_csv(path, dtype=str, keep_default_na=False)
     cells.assign(**{column: value}).to_csv(path, index=False)
     with pytest.raises(UsageError, match=f"column {column} holds what is no"):
+        read_table(path)
+
+
+def test_offsets_that_lead_out_of_memory_are_refused(tmp_path):
+    """Arrow believes them unless it is asked to look; the process died."""
+    path = tmp_path / "a.feather"
+    table = pyarrow.table({"id": ["x" * 77_777]})
+    pyarrow.feather.write_feather(table, path, compression="uncompressed")
+    data = path.read_bytes()
+    lengths = struct.pack("<2i", 0, 77_777)
+    assert data.count(lengths) == 1
+    path.write_bytes(data.replace(lengths, struct.pack("<2i", 0, 2**31 - 1)))
+    with pytest.raises(UsageError, match="is not a table that this program wrote: .*offsets"):
         read_table(path)

@@ -230,6 +230,8 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
             _check_names(path, there)
             wanted = [name for name in dict.fromkeys(columns) if name in there]
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+                # Unchecked, offsets of a damaged file lead out of memory.
+                batch.validate(full=True)
                 # Lists of columns, since a dictionary a row would take most of the time.
                 lists = [batch.column(name).to_pylist() for name in wanted]
                 for place in range(batch.num_rows):

@@ -326,12 +326,18 @@ def _write_csv(table: "DataFrame", file) -> None:
 
 def _read_parquet(path: Path) -> dict[str, Sequence]:
     with path.open("rb") as file:
-        return import_extra("pyarrow.parquet").read_table(file).to_pydict()
+        return _to_columns(import_extra("pyarrow.parquet").read_table(file))
 
 
 def _read_feather(path: Path) -> dict[str, Sequence]:
     with path.open("rb") as file:
-        return import_extra("pyarrow.feather").read_table(file).to_pydict()
+        return _to_columns(import_extra("pyarrow.feather").read_table(file))
+
+
+def _to_columns(table) -> dict[str, list]:
+    # Unchecked, lengths and offsets of a damaged file lead out of memory, and the process dies.
+    table.validate(full=True)
+    return table.to_pydict()
 
 
 def _read_csv(path: Path) -> dict[str, Sequence]:

@@ -70,7 +70,10 @@ def _run_apart(name: str, args: argparse.Namespace) -> dict:
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent, check=False)
     with contextlib.suppress(ValueError, IndexError):
-        return json.loads(done.stdout.splitlines()[-1])
+        line = done.stdout.splitlines()[-1]
+        # On standard error too, since a long run may be stopped before its table.
+        print(line, file=sys.stderr)
+        return json.loads(line)
     print(f"{name}: the process died with status {done.returncode}", file=sys.stderr)
     nothing = dict.fromkeys(("inputs", "read", "refused"), 0)
     return {"target": name, **nothing, "faults": 1, "seconds": time.monotonic() - start}
