@@ -20,7 +20,7 @@ from pathlib import Path
 
 import minifuse
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import hash_sources, is_inside, new_file
+from minifuse.files import hash_sources, is_inside, new_file, parse_json
 
 FORMAT = 1
 _MANIFEST = "minifuse-artifacts.json"
@@ -114,7 +114,7 @@ def _is_file_name(name: str) -> bool:
 
 def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
     try:
-        made = json.loads(archive.read(_MANIFEST))
+        made = parse_json(archive.read(_MANIFEST))
     except ValueError:
         made = None
     if not isinstance(made, dict):

@@ -19,6 +19,17 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_JSON_BYTES = 2**27
 
 
+def parse_json(text: str | bytes) -> object:
+    """What a JSON text holds.
+
+    raises: ValueError for one that is none, or is nested so deeply that the parser gives up
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
@@ -31,14 +42,14 @@ def read_json(path: Path) -> dict:
             raise CheckpointError(
                 f"{path} has {num_bytes:,} bytes; wanted JSON of at most {MAX_JSON_BYTES:,}"
             )
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = parse_json(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; wanted a model in hub layout") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; wanted a JSON object")

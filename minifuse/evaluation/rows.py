@@ -7,7 +7,6 @@ Blank lines are passed over, but count.
 import csv
 import hashlib
 import itertools
-import json
 import re
 import warnings
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import write_whole
+from minifuse.files import parse_json, write_whole
 from minifuse.hub import (
     PATIENCE_S,
     HubSource,
@@ -83,8 +82,8 @@ class Row:
         value = self._value(name)
         if self.is_text:
             try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
+                value = parse_json(value)
+            except ValueError:
                 raise BadRow(
                     f"{self.where}: {name} is {show_value(value)}; wanted a list as JSON, "
                     '["a", "b"]'
@@ -170,10 +169,10 @@ def _read_jsonl(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]
                 continue
             where = f"{path}, line {number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = parse_json(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 rejects.add(f"{where}: not UTF-8 (byte {error.start})")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 rejects.add(f"{where}: not JSON: {one_line(error)}")
             else:
                 if isinstance(values, dict):
