@@ -1,5 +1,6 @@
 """Records to tables: what is read, what is refused, three formats that give back what they got."""
 
+import contextlib
 import json
 import math
 import struct
@@ -344,3 +345,18 @@ def test_offsets_that_lead_out_of_memory_are_refused(tmp_path):
     path.write_bytes(data.replace(before, after))
     with pytest.raises(UsageError, match=r"is not a table that this program wrote: "):
         read_table(path)
+
+
+def test_a_type_that_arrow_does_not_know_is_refused(tmp_path):
+    """Integers of 8 bits, made ones of 4."""
+    path = tmp_path / "a.feather"
+    table = pyarrow.table({"n": pyarrow.array([1], pyarrow.int64())})
+    pyarrow.feather.write_feather(table, path, compression="uncompressed")
+    data = path.read_bytes()
+    # The width stands in the schema, which the file holds twice.
+    for at in range(len(data) - 4):
+        if data[at : at + 4] == b"\x40\0\0\0":
+            damaged = tmp_path / f"{at}.feather"
+            damaged.write_bytes(data[:at] + b"\x04" + data[at + 1 :])
+            with contextlib.suppress(UsageError):
+                read_table(damaged)

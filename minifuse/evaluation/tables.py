@@ -247,7 +247,9 @@ def read_table(path: Path) -> "DataFrame":
         return _make_frame(columns)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
-    except (ValueError, TypeError, RecursionError) as error:  # pyarrow's and pandas' own are those
+    except MinifuseError:
+        raise
+    except Exception as error:  # pyarrow has a kind of its own for each of Python's
         raise UsageError(
             f"{path} is not a table that this program wrote: {one_line(error)}"
         ) from None

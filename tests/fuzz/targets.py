@@ -882,7 +882,8 @@ def _artifacts(pick: Random) -> Files:
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("minifuse-artifacts.json", dump(changed.get("manifest", manifest)))
         for name in listed if isinstance(listed, list) else ():
-            if isinstance(name, str) and "\ud800" not in name and name != DEEP:
+            # What zipfile itself writes.
+            if isinstance(name, str) and name and "\ud800" not in name and name != DEEP:
                 kind = pick.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
                 archive.writestr(name, name * 20, kind)
     data = content.getvalue()
