@@ -13,16 +13,14 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import minifuse
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import hash_sources, is_inside
+from minifuse.files import hash_sources, is_inside, new_file, parse_json
 
 FORMAT = 1
 _MANIFEST = "minifuse-artifacts.json"
@@ -69,7 +67,7 @@ def save_artifacts(folder: Path, path: Path) -> int:
         if file.is_file() and file.suffix not in _LEFT_OUT and "locks" not in file.parts
     )
     try:
-        with _new_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with new_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             archive.writestr(_MANIFEST, json.dumps(describe_build()))
             for file in found:
                 name = _FILES + file.relative_to(folder).as_posix()
@@ -106,7 +104,8 @@ def load_artifacts(path: Path, folder: Path) -> int:
     except FileNotFoundError as error:
         raise UsageError(f"{error.filename} is not there") from None
     except OSError as error:
-        raise MinifuseError(f"{error.filename or path}: {error.strerror}") from None
+        reason = error.strerror or one_line(error)
+        raise MinifuseError(f"{error.filename or path}: {reason}") from None
     return len(names)
 
 
@@ -116,7 +115,7 @@ def _is_file_name(name: str) -> bool:
 
 def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
     try:
-        made = json.loads(archive.read(_MANIFEST))
+        made = parse_json(archive.read(_MANIFEST))
     except ValueError:
         made = None
     if not isinstance(made, dict):
@@ -129,9 +128,11 @@ def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
                 f"{here[name]}; make it anew here with --save"
             )
     cpu = made.get("cpu")
-    lacking = sorted(set(cpu if isinstance(cpu, list) else [str(cpu)]) - set(here["cpu"]))
+    lacking = sorted(
+        {str(name) for name in (cpu if isinstance(cpu, list) else [cpu])} - {*here["cpu"]}
+    )
     if lacking:
-        named = one_line(", ".join(map(str, lacking[:5])))
+        named = one_line(", ".join(lacking[:5]))
         raise UsageError(
             f"{path} was made for a CPU with {named}, which this one lacks; make it anew here with "
             "--save"
@@ -140,19 +141,5 @@ def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
 
 def _write(target: Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _new_file(target) as temporary:
+    with new_file(target) as temporary:
         temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside a file, which gets its own once it is whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -6,8 +6,8 @@ python -m minifuse.cards llama3.2_1b --json    one card, as a JSON object
 
 import argparse
 import json
+import re
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,12 +21,13 @@ from minifuse.errors import (
     UsageError,
     one_line,
 )
-from minifuse.files import format_bytes
+from minifuse.files import format_bytes, is_inside, list_names, read_toml
 from minifuse.hub import HubSource, find_snapshot
 from minifuse.wheels import PypiSource, converted_folder, find_gguf
 
 DEFAULT_CARD = "smollm2-135m-instruct-q4_1"
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SOURCES = {"pypi": PypiSource, "hub": HubSource}
 
 
@@ -100,13 +101,10 @@ def read_card(path: Path) -> ModelCard:
 
     raises: ConfigError, naming file and field
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"card {path} cannot be read: {error}") from error
+    raw = read_toml(path, ConfigError, "card")
     source = raw.pop("source", None)
     kind = source.pop("kind", None) if isinstance(source, dict) else None
-    if kind not in _SOURCES:
+    if not isinstance(kind, str) or kind not in _SOURCES:
         raise ConfigError(f"card {path}: source.kind is {kind!r}; wanted {' or '.join(_SOURCES)}")
     _check_fields(path, "source.", source, _SOURCES[kind])
     _check_fields(path, "", raw | {"source": None}, ModelCard)
@@ -115,6 +113,16 @@ def read_card(path: Path) -> ModelCard:
             f"card {path}: source.dtype is {source['dtype']!r}; "
             f"wanted one of {', '.join(DTYPE_NAMES)}"
         )
+    if isinstance(source.get("sha256"), str):
+        # Both become part of paths in the cache.
+        if not _SHA256.fullmatch(source["sha256"]):
+            raise ConfigError(
+                f"card {path}: source.sha256 is {source['sha256']!r}; wanted 64 hex digits"
+            )
+        if not is_inside(source["member"]):
+            raise ConfigError(
+                f"card {path}: source.member is {source['member']!r}; wanted a path in the wheel"
+            )
     lists = {name: tuple(raw.pop(name)) for name in ("aliases", "stop_tokens")}
     return ModelCard(**(raw | lists), source=_SOURCES[kind](**source))
 
@@ -126,7 +134,7 @@ def _check_fields(path: Path, prefix: str, raw: dict, kind: type) -> None:
         ("has the unknown", raw.keys() - wanted.keys()),
     ):
         if names:
-            listed = ", ".join(prefix + name for name in sorted(names))
+            listed = list_names(prefix + name for name in names)
             raise ConfigError(f"card {path} {problem} field {listed}")
     for name, value in raw.items():
         if wanted[name] is str and not isinstance(value, str):

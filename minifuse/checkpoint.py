@@ -5,6 +5,7 @@ memory-mapped file straight into its rows of the stack, so no second copy of the
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -411,9 +412,10 @@ def find_tensors(folder: Path | str) -> dict[str, StoredTensor]:
     placed = read_index(folder / INDEX_FILE)
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(placed.values())):
-        if not (folder / shard).is_file():
+        # os.path answers no, and does not raise, for names that can be no file.
+        if not os.path.isfile(folder / shard):
             raise CheckpointError(
-                f"{folder / INDEX_FILE} names the shard {shard}, which is not there; "
+                f"{folder / INDEX_FILE} names the shard {list_names([shard])}, which is not there; "
                 "fetch the checkpoint again"
             )
         header = _read_header(folder / shard)

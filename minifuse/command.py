@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minifuse.config import QUANTIZE_NAMES
-from minifuse.errors import MinifuseError, UsageError
+from minifuse.errors import MAX_MESSAGE_CHARS, MinifuseError, UsageError, one_line
 
 if TYPE_CHECKING:
     from minifuse.engine import Fuser
@@ -96,7 +96,7 @@ def run_command(work: Callable[[], int | None], interrupted: str = "interrupted"
             status = work()
         sys.stdout.flush()
     except MinifuseError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -139,7 +139,7 @@ def _noted_interrupts() -> Iterator[None]:
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *rest: object, **more: object) -> None:
         first_line, _, _ = str(message).strip().partition("\n")
-        print(f"warning: {first_line}", file=sys.stderr)
+        print(f"warning: {one_line(first_line, MAX_MESSAGE_CHARS)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

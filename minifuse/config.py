@@ -21,6 +21,9 @@ QUANTIZE_GROUP = 32
 QUANTIZE_VERSION = 1
 # No model stretches its context by so much; what does is a damaged config.
 MAX_ROPE_FACTOR = 100_000
+# Nor does any have so many layers, or numbers along one dimension.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31 - 1
 
 # Fields of config.json that carry no computation of the forward pass.
 _HARMLESS_FIELDS = frozenset(
@@ -572,6 +575,8 @@ def _positive_int(raw: dict, field: str, default: int | None = None) -> int:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"config field {field} is {value!r}; wanted a positive integer")
+    if value > (most := MAX_LAYERS if field == "num_hidden_layers" else MAX_SIZE):
+        raise ConfigError(f"config field {field} is {value!r}; wanted at most {most:,}")
     return value
 
 

@@ -282,10 +282,10 @@ def _find_torch_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         path = folder / shard
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError(
-                f"{folder / BIN_INDEX_FILE} names the shard {shard}, which is not there; "
-                "fetch the checkpoint again"
+                f"{folder / BIN_INDEX_FILE} names the shard {list_names([shard])}, which is not "
+                "there; fetch the checkpoint again"
             )
         for name, tensor in _load_torch_file(path).items():
             if name in found:

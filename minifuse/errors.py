@@ -3,11 +3,25 @@
 Command lines print the message and leave with the exit status that the class carries.
 """
 
+# Room for the names of every tensor of a model; what a file holds may be any length.
+MAX_MESSAGE_CHARS = 20_000
+
 
 class MinifuseError(Exception):
-    """Base of all errors that minifuse raises on purpose; the message is fit for a user."""
+    """Base of all errors that minifuse raises on purpose; the message is fit for a user.
+
+    Whatever foreign text a message quotes, it is one printable line that ends: of one that is too
+    long, the middle is left out, so that it still says what to do.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: object = ""):
+        text = "".join(c if c.isprintable() else " " for c in str(message))
+        if len(text) > MAX_MESSAGE_CHARS:
+            half = MAX_MESSAGE_CHARS // 2 - 3
+            text = f"{text[:half]} ... {text[-half:]}"
+        super().__init__(text)
 
 
 class UsageError(MinifuseError):

@@ -340,7 +340,7 @@ def _finish(run: Path, args: argparse.Namespace) -> None:
     from minifuse.evaluation.report import write_report
     from minifuse.evaluation.summary import summarise
     from minifuse.evaluation.tables import make_table, read_records
-    from minifuse.files import new_file, write_json
+    from minifuse.files import write_json
 
     config, environment = read_run(run)
     table = make_table(read_records(run / RECORDS_FILE), args.spacy_model)
@@ -353,8 +353,7 @@ def _finish(run: Path, args: argparse.Namespace) -> None:
         write_json(run / "summary.json", summary)
     except OSError as error:
         raise MinifuseError(f"{run}/summary.json cannot be written: {error.strerror}") from None
-    with new_file(run / "report.html") as page:
-        write_report(page, table, summary, config | scoring, environment)
+    write_report(run / "report.html", table, summary, config | scoring, environment)
     _print_summary(summary)
     print(f"wrote {run}/report.html, summary.json and results.*", file=sys.stderr)
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import tomllib
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -19,23 +20,41 @@ except ImportError:  # not POSIX
 
 # An OSError of these numbers: no room on the disk, in a quota, in what one file may hold.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A tokenizer.json of 256,000 tokens has some 30 MB; parsed, it takes several times as much.
+MAX_JSON_BYTES = 2**27
+
+
+def parse_json(text: str | bytes) -> object:
+    """What a JSON text holds.
+
+    raises: ValueError for one that is none, or is nested so deeply that the parser gives up
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
-    raises: CheckpointError where the file is missing, unreadable, not UTF-8, not JSON, or holds
-            something else
+    raises: CheckpointError where the file is missing, unreadable, too large, not UTF-8, not JSON,
+            or holds something else
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        num_bytes = path.stat().st_size
+        if num_bytes > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} has {num_bytes:,} bytes; wanted JSON of at most {MAX_JSON_BYTES:,}"
+            )
+        content = parse_json(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; wanted a model in hub layout") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; wanted a JSON object")
@@ -45,22 +64,26 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON object for people to read, as UTF-8; whole or not at all."""
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    with new_file(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, text + "\n")
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Another name to write to, `NAME.partial`, which gives way to the file's own at the end.
 
-    What a killed process left under it is written over, so one process at a time may write.
+    Private until it is whole. Where writing it fails, nothing is left, and what had the name before
+    stays. What a killed process left is written over, so one process at a time may write.
     """
     partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)  # a link there is not followed
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         yield partial
-        os.replace(partial, path)
-    finally:
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def try_lock(handle: int) -> bool | None:
@@ -174,6 +197,29 @@ def check_unchanged(path: Path, version: tuple[int, ...]) -> None:
     )
 
 
+def read_toml(path: Path, kind: type[MinifuseError], name: str) -> dict:
+    """The table in a TOML file.
+
+    kind:   what is raised where the file cannot be read, or is no TOML in UTF-8
+    name:   what an error calls the file
+    """
+    try:
+        content = tomllib.loads(path.read_bytes().decode("utf-8"))
+        # An integer in hexadecimals may have more digits than Python writes out in a message.
+        repr(content)
+    except OSError as error:
+        raise kind(f"{name} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{name} {path} is not TOML in UTF-8: {one_line(error)}") from None
+    return content
+
+
+def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a text file in UTF-8, whole or not at all; `errors` as in `str.encode`."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
 def list_names(names: Iterable[str]) -> str:
     """Names out of a file for a message, sorted; quoted where one would break the line."""
     return ", ".join(name if name.isprintable() else repr(name) for name in sorted(names))
@@ -182,7 +228,8 @@ def list_names(names: Iterable[str]) -> str:
 def is_inside(path_text: str) -> bool:
     """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
     windows = PureWindowsPath(path_text)
-    return bool(windows.parts) and not windows.anchor and ".." not in windows.parts
+    is_name = bool(windows.parts) and "\0" not in path_text
+    return is_name and not windows.anchor and ".." not in windows.parts
 
 
 def format_bytes(count: int) -> str:

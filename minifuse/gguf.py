@@ -55,6 +55,10 @@ _ROPE_FREQS = "rope_freqs.weight"
 # Rows are decoded in blocks of about this many numbers, so that only the result is of full size.
 _DECODED_NUMBERS = 2**18
 
+# Numbers, texts and lengths of texts in a file's metadata. A vocabulary of 256,000 tokens with as
+# many merges, types and scores has two million.
+MAX_GGUF_VALUES = 2**23
+
 # Metadata under `<architecture>.`: hub config field -> key.
 _CONFIG_KEYS = {
     "hidden_size": "embedding_length",
@@ -186,10 +190,29 @@ def read_gguf(path: Path | str) -> GgufCheckpoint:
             f"{path} is one of {parts} parts of a model; join them first, with llama.cpp's "
             "llama-gguf-split --merge"
         )
-    _check_names(path, reader)
+    _check_tensors(path, reader)
     config = _read_config(path, reader, metadata)
     tokenizer_files = read_tokenizer(path, metadata, config)
     return GgufCheckpoint(path, config, tokenizer_files, _own_dtype(reader), reader)
+
+
+class _Reader(GGUFReader):
+    """The package's reader, which believes what a file says of its own size.
+
+    It takes what lies beyond the end for nothing, so that an array that claims 2**60 bytes is read
+    for ever; and it keeps an object of some hundred bytes for every number that it reads.
+    """
+
+    _num_reads = 0
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) != int(count):
+            raise ValueError(f"wants {int(count)} values at byte {int(offset)}, has {len(found)}")
+        self._num_reads += 1
+        if self._num_reads > MAX_GGUF_VALUES:
+            raise ValueError(f"has more than {MAX_GGUF_VALUES:,} values beside its weights")
+        return found
 
 
 def _open(path: Path) -> GGUFReader:
@@ -198,7 +221,7 @@ def _open(path: Path) -> GGUFReader:
     try:
         # Counts and lengths of a corrupt file overflow inside numpy before they are refused.
         with np.errstate(all="ignore"):
-            reader = GGUFReader(path)
+            reader = _Reader(path)
     except Exception as error:
         # The reader checks little, so corruption surfaces as whatever its arithmetic runs into.
         raise CheckpointError(
@@ -221,13 +244,24 @@ def _read_metadata(path: Path, reader: GGUFReader) -> dict:
         ) from error
 
 
-def _check_names(path: Path, reader: GGUFReader) -> None:
+def _check_tensors(path: Path, reader: GGUFReader) -> None:
     names = (tensor.name for tensor in reader.tensors)
     unknown = [name for name in names if name != _ROPE_FREQS and _hub_name(name) is None]
     if unknown:
         raise CheckpointError(
             f"{path} holds tensors that minifuse does not know: {list_names(unknown)}"
         )
+    odd = [
+        f"{tensor.name} is {tensor.shape.tolist()}"
+        for tensor in reader.tensors
+        if len(tensor.shape) != (1 if _is_vector(tensor.name) else 2) or not tensor.shape.all()
+    ]
+    if odd:
+        raise CheckpointError(f"{path} holds what is neither matrix nor vector: {list_names(odd)}")
+
+
+def _is_vector(name: str) -> bool:
+    return name == _ROPE_FREQS or name.endswith(("_norm.weight", ".bias"))
 
 
 def _hub_name(name: str) -> str | None:

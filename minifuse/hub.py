@@ -8,7 +8,6 @@ keeps `--help` quick.
 import contextlib
 import errno
 import hashlib
-import os
 import queue
 import re
 import shutil
@@ -24,14 +23,23 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, one_line
-from minifuse.files import DISK_FULL, format_bytes, is_inside, list_names, read_json, tool_command
+from minifuse.files import (
+    DISK_FULL,
+    format_bytes,
+    is_inside,
+    list_names,
+    read_json,
+    tool_command,
+    write_whole,
+)
 from minifuse.wheels import cache_dir
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.hf_api import BlobLfsInfo, ModelInfo, RepoSibling
+    from huggingface_hub.hf_api import BlobLfsInfo, DatasetInfo, ModelInfo, RepoSibling
 
 T = TypeVar("T")
+Info = TypeVar("Info", bound="ModelInfo | DatasetInfo")
 
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
 _SMALL_FILES = (
@@ -48,6 +56,9 @@ _INDEX_FILE = "model.safetensors.index.json"
 
 # Branches, tags, commits, refs/pr/1. Not "..": the name becomes a path under the cache's refs/.
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.+-]*(/\w[\w.+-]*)*")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # For the one answer that all else waits for: name lookup, each address and each read together.
 PATIENCE_S = 8
@@ -255,7 +266,7 @@ def _has_marker(pinned: HubSource) -> bool:
 def _write_marker(pinned: HubSource, names: list[str]) -> None:
     # Where it cannot be written, the next start asks once more.
     with contextlib.suppress(OSError):
-        _write_whole(_marker(pinned), "".join(f"{name}\n" for name in names))
+        _write_note(_marker(pinned), "".join(f"{name}\n" for name in names))
 
 
 def _ask(source: HubSource) -> "ModelInfo":
@@ -271,18 +282,34 @@ def _ask(source: HubSource) -> "ModelInfo":
         )
 
     try:
-        return within(PATIENCE_S, ask)
+        return checked_info(within(PATIENCE_S, ask))
     except Exception as error:
         is_answer = isinstance(error, library.errors.HfHubHTTPError)
         # A token that cannot be read, for one.
         is_local = isinstance(error, OSError) and error.errno is not None
-        if is_answer or is_local:
+        if is_answer or is_local or isinstance(error, MinifuseError):
             raise
         raise ModelNotFoundError(
             f"{source} is not whole in the cache {hub_cache()}, and {hub_endpoint()} cannot be "
             f"reached ({_told(error)}): connect, or correct HF_ENDPOINT, and run the same command "
             "again"
         ) from error
+
+
+def checked_info(info: Info) -> Info:
+    """What the hub says of a repository; commits and hashes in it become names in the cache.
+
+    raises: CheckpointError where they are none
+    """
+    hashes = [file.lfs.sha256 for file in info.siblings or () if file.lfs is not None]
+    odd = [text for text in hashes if not _SHA256.fullmatch(str(text))]
+    odd += [] if _COMMIT.fullmatch(str(info.sha)) else [info.sha]
+    if odd:
+        raise CheckpointError(
+            f"{hub_endpoint()} answers with {one_line(str(odd[0]))!r} for a hash; wanted hex "
+            "digits: correct HF_ENDPOINT"
+        )
+    return info
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -376,14 +403,12 @@ def _write_ref(source: HubSource, commit: str) -> None:
     """
     if source.revision == commit:
         return
-    _write_whole(_repository_folder(source) / "refs" / source.revision, commit)
+    _write_note(_repository_folder(source) / "refs" / source.revision, commit)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_note(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text)
 
 
 def _fetch_file(pinned: HubSource, file: "RepoSibling") -> None:

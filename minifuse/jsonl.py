@@ -11,7 +11,7 @@ from typing import Any
 
 from minifuse.config import WEIGHT_SIGNALS
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import GrowingFile, new_file
+from minifuse.files import GrowingFile, parse_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, str, dict]]:
             continue
         where = f"{path}, line {number}"
         try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            raw = parse_json(line)
+        except ValueError as error:
             raise UsageError(f"{where}: not JSON: {error}") from None
         if not isinstance(raw, dict):
             raise UsageError(f"{where}: {type(raw).__name__}; wanted a JSON object")
@@ -339,14 +339,12 @@ class ResultsFile:
         if self._source is not None and not self._source_names:
             record["source"] = self._source
         record["requests"] = {json.dumps(id): u.fingerprint for id, u in self._units.items()}
-        text = json.dumps(record, ensure_ascii=False, indent=1)
-        with new_file(self._record_path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_whole(self._record_path, json.dumps(record, ensure_ascii=False, indent=1))
 
     def _read_record(self) -> dict:
         # Whatever is wrong with it, the answer is the same.
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            record = json.loads(self._record_path.read_bytes())
+            record = parse_json(self._record_path.read_bytes())
             parts = record["options"], record["requests"], record.get("source", {})
             if all(isinstance(part, dict) for part in parts):
                 return record
@@ -388,7 +386,7 @@ class ResultsFile:
         for number, raw in enumerate(lines[:-1], 1):
             offset += len(raw) + 1
             try:
-                line = json.loads(raw)
+                line = parse_json(raw)
                 id, key = self._read_key(line)
                 is_new = not missing
                 if is_new and id not in self.done:

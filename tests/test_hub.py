@@ -21,6 +21,7 @@ from hub_stub import HubStub, Repository
 from tiny_files import make_model, write_hub_folder
 
 from minifuse import hub
+from minifuse.errors import CheckpointError
 from minifuse.hub import HubSource, parse_hub_id
 
 NAME = "org/tiny"
@@ -790,3 +791,13 @@ def assert_refused_early(stub, environ, changes, message, *arguments):
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert re.search(message, done.stdout)
     assert not [seen for seen in stub.seen if seen.path.endswith("model.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("sha", "lfs"), [("../../x", "0" * 64), ("0" * 40, "../../.bashrc"), (None, "0" * 64)]
+)
+def test_hashes_that_are_paths_are_refused(sha, lfs):
+    """They become names in the cache: a hub that is none must not choose where files go."""
+    file = SimpleNamespace(lfs=SimpleNamespace(sha256=lfs))
+    with pytest.raises(CheckpointError, match="for a hash; wanted hex digits: correct HF_ENDPOINT"):
+        hub.checked_info(SimpleNamespace(sha=sha, siblings=[file]))

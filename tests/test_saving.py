@@ -271,3 +271,15 @@ def test_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(MinifuseError, match=r"file/out cannot be written: .*/file is not a folder"):
         save_folder(tmp_path / "file/out", Source(), dtype="float32")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_is_private_until_it_is_whole(tmp_path):
+    seen = []
+
+    def look(index):
+        (folder,) = tmp_path.iterdir()
+        seen.append(folder.stat().st_mode & 0o777)
+
+    save_folder(tmp_path / "out", Source(look), dtype="float32")
+    assert set(seen) == {0o700}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755

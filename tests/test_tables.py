@@ -1,9 +1,13 @@
 """Records to tables: what is read, what is refused, three formats that give back what they got."""
 
+import contextlib
 import json
 import math
+import struct
 
 import pandas
+import pyarrow
+import pyarrow.feather
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -356,3 +360,31 @@ def test_a_damaged_attribution_is_named(tmp_path):
     path = write_records(tmp_path / "records.jsonl", [make_record(attribution=damaged)])
     with pytest.raises(MinifuseError, match="line 1: attribution is"):
         read_records(path)
+
+
+def test_offsets_that_lead_out_of_memory_are_refused(tmp_path):
+    """Arrow believes them unless it is asked to look; the process died."""
+    path = tmp_path / "a.feather"
+    table = pyarrow.table({"id": ["x" * 77_777, "y"]})
+    pyarrow.feather.write_feather(table, path, compression="uncompressed")
+    data = path.read_bytes()
+    before, after = (struct.pack("<3i", 0, end, 77_778) for end in (77_777, -(2**30)))
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+    with pytest.raises(UsageError, match=r"is not a table that this program wrote: "):
+        read_table(path)
+
+
+def test_a_type_that_arrow_does_not_know_is_refused(tmp_path):
+    """Integers of 8 bits, made ones of 4."""
+    path = tmp_path / "a.feather"
+    table = pyarrow.table({"n": pyarrow.array([1], pyarrow.int64())})
+    pyarrow.feather.write_feather(table, path, compression="uncompressed")
+    data = path.read_bytes()
+    # The width stands in the schema, which the file holds twice.
+    for at in range(len(data) - 4):
+        if data[at : at + 4] == b"\x40\0\0\0":
+            damaged = tmp_path / f"{at}.feather"
+            damaged.write_bytes(data[:at] + b"\x04" + data[at + 1 :])
+            with contextlib.suppress(UsageError):
+                read_table(damaged)

@@ -72,6 +72,7 @@ def test_what_is_there_already_stays(saved, tmp_path):
             "a CPU with avx4096, which this one lacks",
         ),
         ({"cpu": 7}, "a CPU with 7, which this one lacks"),
+        ({"cpu": [[7]]}, r"a CPU with \[7\], which this one lacks"),
     ],
 )
 def test_artifacts_of_another_build_are_refused(saved, tmp_path, changes, said):

@@ -6,7 +6,6 @@ seed, the round and the question alone.
 """
 
 import math
-import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,7 +17,8 @@ from minifuse.config import GenerationConfig
 from minifuse.errors import UsageError
 from minifuse.evaluation.batches import answer_batch, derive_seed, groups_of
 from minifuse.evaluation.flags import check_count
-from minifuse.jsonl import Unit, checked, fingerprint, read_json_lines, read_text
+from minifuse.files import read_toml
+from minifuse.jsonl import Unit, checked, fingerprint, read_json_lines
 from minifuse.normalize import normalize_answer
 
 if TYPE_CHECKING:
@@ -191,10 +191,7 @@ def load_exemplars(path: Path | None = None) -> Exemplars:
     raises: UsageError for a file that cannot be read, or does not hold what it should.
     """
     path = path or EXEMPLARS_FILE
-    try:
-        raw = tomllib.loads(read_text(path, "--exemplars"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    raw = read_toml(path, UsageError, "--exemplars")
     wanted = {"instruction", "question", "suffix", "sets"}
     if raw.keys() != wanted:
         raise UsageError(

@@ -7,7 +7,6 @@ every method, and wherever an item stands in its file.
 import hashlib
 import json
 import re
-import tomllib
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from minifuse.errors import UsageError
 from minifuse.evaluation.datasets import Dataset, Item
+from minifuse.files import read_toml
 
 FORMATS = ("prefix", "full", "shot-paraphrases", "in-prompt")
 CHOICES = "first, indices:0,2,3, mixed:M+A or repeat"
@@ -130,12 +130,7 @@ def read_template(path: Path) -> PromptTemplate:
 
     raises: UsageError naming file and key
     """
-    try:
-        raw = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the template {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"template {path} is not TOML in UTF-8: {error}") from None
+    raw = read_toml(path, UsageError, "template")
     names = [field.name for field in fields(PromptTemplate)]
     for problem, keys in (
         ("lacks the key", set(names) - raw.keys()),

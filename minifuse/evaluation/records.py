@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import GrowingFile, read_json, write_json
+from minifuse.files import GrowingFile, parse_json, read_json, write_json
 
 FORMAT = 2
 CONFIG_FILE = "config.json"
@@ -233,7 +233,7 @@ def _dump(record: dict[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
     counts = {"n": 1, "draw": 0, "lines": 1}

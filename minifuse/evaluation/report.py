@@ -46,6 +46,7 @@ from minifuse.evaluation.plots import (
     draw_heat_map,
     draw_matrix,
 )
+from minifuse.files import write_whole
 from minifuse.methods import FusionMethod
 from minifuse.normalize import normalize_answer
 
@@ -130,7 +131,7 @@ def write_report(
     )
     try:
         # Arguments that are not UTF-8 are no reason to lose the report.
-        Path(path).write_text(page, encoding="utf-8", errors="replace")
+        write_whole(Path(path), page, errors="replace")
     except OSError as error:
         raise MinifuseError(
             f"cannot write {path}: {error.strerror}; choose another --output"

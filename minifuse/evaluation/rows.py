@@ -7,8 +7,6 @@ Blank lines are passed over, but count.
 import csv
 import hashlib
 import itertools
-import json
-import os
 import re
 import warnings
 from collections import Counter
@@ -18,9 +16,11 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from minifuse.errors import MinifuseError, UsageError, one_line
+from minifuse.files import parse_json, write_whole
 from minifuse.hub import (
     PATIENCE_S,
     HubSource,
+    checked_info,
     explained,
     hub_cache,
     hub_endpoint,
@@ -82,8 +82,8 @@ class Row:
         value = self._value(name)
         if self.is_text and isinstance(value, str):
             try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
+                value = parse_json(value)
+            except ValueError:
                 raise BadRow(
                     f"{self.where}: {name} is {show_value(value)}; wanted a list as JSON, "
                     '["a", "b"]'
@@ -169,10 +169,10 @@ def _read_jsonl(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]
                 continue
             where = f"{path}, line {number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = parse_json(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 rejects.add(f"{where}: not UTF-8 (byte {error.start})")
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 rejects.add(f"{where}: not JSON: {one_line(error)}")
             else:
                 if isinstance(values, dict):
@@ -187,7 +187,10 @@ def _read_csv(path: Path, rejects: Rejects, _: Sequence[str]) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
+            try:
+                header = next(reader, [])
+            except csv.Error as error:
+                raise UsageError(f"{path}: the header is not CSV: {error}") from None
             _check_names(path, header)
             for number in itertools.count(1):
                 where = f"{path}, row {number}"
@@ -226,13 +229,16 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
             _check_names(path, there)
             wanted = [name for name in dict.fromkeys(columns) if name in there]
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+                # Unchecked, offsets of a damaged file lead out of memory.
+                batch.validate(full=True)
                 # Lists of columns, since a dictionary a row would take most of the time.
                 lists = [batch.column(name).to_pylist() for name in wanted]
                 for place in range(batch.num_rows):
                     number += 1
                     values = {name: cells[place] for name, cells in zip(wanted, lists, strict=True)}
                     yield Row(f"{path}, row {number}", values, there)
-    except (arrow_error, UnicodeDecodeError) as error:
+    # The last two of values that Python has no room for, such as dates after the year 9999.
+    except (arrow_error, ValueError, OverflowError) as error:
         raise UsageError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
@@ -390,11 +396,13 @@ def _list_revision(source: HubSource, place: str) -> Listing | None:
         return cached
     api = library.HfApi()
     try:
-        info = within(
-            PATIENCE_S,
-            lambda: api.dataset_info(
-                source.repository, revision=source.revision, timeout=PATIENCE_S
-            ),
+        info = checked_info(
+            within(
+                PATIENCE_S,
+                lambda: api.dataset_info(
+                    source.repository, revision=source.revision, timeout=PATIENCE_S
+                ),
+            )
         )
     except Exception as error:
         if (
@@ -404,7 +412,7 @@ def _list_revision(source: HubSource, place: str) -> Listing | None:
             return None
         is_answer = isinstance(error, library.errors.HfHubHTTPError)
         is_local = isinstance(error, OSError) and error.errno is not None
-        if is_answer or is_local:
+        if is_answer or is_local or isinstance(error, MinifuseError):
             raise
         if cached is not None and cached.names:
             warnings.warn(
@@ -451,6 +459,4 @@ def _write_ref(source: HubSource, commit: str) -> None:
         return
     ref = _repository_folder(source) / "refs" / source.revision
     ref.parent.mkdir(parents=True, exist_ok=True)
-    temporary = ref.with_name(f".{ref.name}.{os.getpid()}")
-    temporary.write_text(commit, encoding="utf-8")
-    temporary.replace(ref)
+    write_whole(ref, commit)

@@ -291,7 +291,9 @@ def read_table(path: Path) -> "DataFrame":
         return _make_frame(columns)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
-    except (ValueError, TypeError, RecursionError) as error:  # pyarrow's and pandas' own are those
+    except MinifuseError:
+        raise
+    except Exception as error:  # pyarrow has a kind of its own for each of Python's
         raise UsageError(
             f"{path} is not a table that this program wrote: {one_line(error)}"
         ) from None
@@ -371,12 +373,18 @@ def _write_csv(table: "DataFrame", file: IO[bytes]) -> None:
 
 def _read_parquet(path: Path) -> dict[str, Sequence]:
     with path.open("rb") as file:
-        return import_extra("pyarrow.parquet").read_table(file).to_pydict()
+        return _to_columns(import_extra("pyarrow.parquet").read_table(file))
 
 
 def _read_feather(path: Path) -> dict[str, Sequence]:
     with path.open("rb") as file:
-        return import_extra("pyarrow.feather").read_table(file).to_pydict()
+        return _to_columns(import_extra("pyarrow.feather").read_table(file))
+
+
+def _to_columns(table) -> dict[str, list]:
+    # Unchecked, lengths and offsets of a damaged file lead out of memory, and the process dies.
+    table.validate(full=True)
+    return table.to_pydict()
 
 
 def _read_csv(path: Path) -> dict[str, list]:
