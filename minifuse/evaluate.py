@@ -381,7 +381,7 @@ def _score_command(arguments: Sequence[str]) -> None:
         prog="python -m minifuse.evaluate score",
         description="Score a finished run anew: tables, summary and report are written again.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     _add_score_flags(parser)
     args = parser.parse_args(arguments)
     from minifuse.evaluation.records import hold_run
@@ -395,7 +395,7 @@ def _lemmatize_command(arguments: Sequence[str]) -> None:
         prog="python -m minifuse.evaluate lemmatize",
         description="Append lemma columns to the tables of a finished run.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--spacy-model", metavar="NAME", help="default: an offline English one")
     args = parser.parse_args(arguments)
     from minifuse.evaluation.lemmas import Lemmatizer, add_lemmas
@@ -412,8 +412,8 @@ def _compare_command(arguments: Sequence[str]) -> None:
         prog="python -m minifuse.evaluate compare",
         description="Compare two finished runs on the items that both have, method by method.",
     )
-    parser.add_argument("run_a", type=Path, metavar="RUN_A")
-    parser.add_argument("run_b", type=Path, metavar="RUN_B")
+    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="the folder of a finished run")
+    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="the folder of another")
     args = parser.parse_args(arguments)
     from minifuse.evaluation.records import read_run
     from minifuse.evaluation.summary import compare
