@@ -59,7 +59,7 @@ class StoredTensor(NamedTuple):
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    version: tuple[int, ...] | None = None
+    version: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:

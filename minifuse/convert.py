@@ -41,7 +41,7 @@ from minifuse.checkpoint import (
 )
 from minifuse.config import ModelConfig, dtype_beside, parse_quantize
 from minifuse.errors import CheckpointError, MinifuseError, UsageError
-from minifuse.files import format_bytes, list_names, read_json
+from minifuse.files import file_version, format_bytes, list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
 from minifuse.loader import free_memory, resolve_model
 from minifuse.model import forward_plain
@@ -287,10 +287,11 @@ def _find_torch_tensors(folder: Path) -> dict[str, StoredTensor]:
                 f"{folder / BIN_INDEX_FILE} names the shard {list_names([shard])}, which is not "
                 "there; fetch the checkpoint again"
             )
+        version = file_version(path)
         for name, tensor in _load_torch_file(path).items():
             if name in found:
                 raise CheckpointError(f"{folder}: more than one shard holds {list_names([name])}")
-            found[name] = StoredTensor(path, tuple(tensor.shape), spelled[tensor.dtype])
+            found[name] = StoredTensor(path, tuple(tensor.shape), spelled[tensor.dtype], version)
     return found
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -311,7 +312,7 @@ class Fuser:
 
         Options and errors as in `generate`; attribution is always found.
         """
-        plan = make_plan(**{**options, "attribution": True})
+        plan = replace(make_plan(**options), attribution=True)
         job = self._make_job(Request(segments, prefix, suffix, weights), plan)
         size, batch_size = self._plan_batch([job], 1)
         found: CountedResults = {}

@@ -5,18 +5,18 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import tomllib
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from minifuse.errors import CheckpointError, MinifuseError, UsageError, one_line
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # not POSIX
-    fcntl = None
 
 # An OSError of these numbers: no room on the disk, in a quota, in what one file may hold.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,7 +24,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_JSON_BYTES = 2**27
 
 
-def parse_json(text: str | bytes) -> object:
+def parse_json(text: str | bytes) -> Any:
     """What a JSON text holds.
 
     raises: ValueError for one that is none, or is nested so deeply that the parser gives up
@@ -91,7 +91,7 @@ def try_lock(handle: int) -> bool | None:
 
     returns: False where another process has locked it, None where there are no locks
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

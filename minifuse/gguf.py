@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,7 +206,7 @@ class _Reader(GGUFReader):
 
     _num_reads = 0
 
-    def _get(self, offset, dtype, count=1, override_order=None):
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         found = super()._get(offset, dtype, count, override_order)
         if len(found) != int(count):
             raise ValueError(f"wants {int(count)} values at byte {int(offset)}, has {len(found)}")

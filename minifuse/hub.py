@@ -302,11 +302,11 @@ def checked_info(info: Info) -> Info:
     raises: CheckpointError where they are none
     """
     hashes = [file.lfs.sha256 for file in info.siblings or () if file.lfs is not None]
-    odd = [text for text in hashes if not _SHA256.fullmatch(str(text))]
-    odd += [] if _COMMIT.fullmatch(str(info.sha)) else [info.sha]
+    odd = [str(text) for text in hashes if not _SHA256.fullmatch(str(text))]
+    odd += [] if _COMMIT.fullmatch(str(info.sha)) else [str(info.sha)]
     if odd:
         raise CheckpointError(
-            f"{hub_endpoint()} answers with {one_line(str(odd[0]))!r} for a hash; wanted hex "
+            f"{hub_endpoint()} answers with {one_line(odd[0])!r} for a hash; wanted hex "
             "digits: correct HF_ENDPOINT"
         )
     return info

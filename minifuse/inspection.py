@@ -146,6 +146,8 @@ def inspect_job(
 
     num_slots: of the pool that it ran in
     """
+    if job.lease is None:
+        raise ValueError("the job was never run")
     packed, states = job.packed, list(job.states.values())
     pieces = [*_pieces_of(packed, tokenizer), *_answers_of(states, tokenizer)]
     placed = sorted(

@@ -95,6 +95,10 @@ class _SteadySource:
     def config(self) -> dict:
         return self.source.config
 
+    @property
+    def own_dtype(self) -> str:
+        return self.source.own_dtype
+
     def tensors(
         self, own_int4: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:

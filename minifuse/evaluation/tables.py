@@ -25,6 +25,7 @@ from minifuse.evaluation.matching import (
 from minifuse.files import new_file
 
 if TYPE_CHECKING:
+    import pyarrow
     from pandas import DataFrame
     from pyarrow import Table
 
@@ -167,9 +168,9 @@ _FIELDS = {
 
 
 def _is_attribution(value: object) -> bool:
-    attention = value.get("attention") if isinstance(value, dict) else None
-    if not isinstance(attention, dict):
+    if not isinstance(value, dict) or not isinstance(value.get("attention"), dict):
         return False
+    attention = value["attention"]
     shares = [attention.get(name) for name in ("prefix", "suffix", "answer")]
     lists = [attention.get("segments"), value.get("without"), value.get("alone")]
     return all(map(_is_number, shares)) and all(
@@ -371,17 +372,17 @@ def _write_csv(table: "DataFrame", file: IO[bytes]) -> None:
     table.to_csv(file, index=False, encoding="utf-8", lineterminator="\n", quoting=quoting)
 
 
-def _read_parquet(path: Path) -> dict[str, Sequence]:
+def _read_parquet(path: Path) -> dict[str, list]:
     with path.open("rb") as file:
         return _to_columns(import_extra("pyarrow.parquet").read_table(file))
 
 
-def _read_feather(path: Path) -> dict[str, Sequence]:
+def _read_feather(path: Path) -> dict[str, list]:
     with path.open("rb") as file:
         return _to_columns(import_extra("pyarrow.feather").read_table(file))
 
 
-def _to_columns(table) -> dict[str, list]:
+def _to_columns(table: "pyarrow.Table") -> dict[str, list]:
     # Unchecked, lengths and offsets of a damaged file lead out of memory, and the process dies.
     table.validate(full=True)
     return table.to_pydict()
