@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minifuse.errors import MinifuseError
 from minifuse.layout import Part
 from minifuse.loader import LoadedModel
 from minifuse.methods import SPECS, FusionMethod, SegmentWeights, Weighting
-from minifuse.request import AnswerState, Job
+from minifuse.request import AnswerState, Job, NotFiniteError
 from minifuse.results import Generation, StreamEvent, TextBuilder, pick_winner
 from minifuse.sampling import make_generator, pick_token, reduce_logits
 
@@ -53,7 +52,7 @@ def extend_answers(
 
     answers: a job's index, the job, one of its answers, and its streams' logits f32[V]
     returns: by the job's index
-    raises:  MinifuseError where the scores are not finite
+    raises:  NotFiniteError
     """
     picked, scores = [], []
     for _, job, state, logits in answers:
@@ -71,10 +70,7 @@ def extend_answers(
 def _push(job: Job, state: AnswerState, token_id: int, logprob: float) -> list[StreamEvent]:
     answer, builder = state.answer, state.builder
     if not -torch.inf < logprob < torch.inf:
-        raise MinifuseError(
-            f"{answer.method}: the model's scores are not finite; its weights may be damaged, or "
-            "too large for the dtype: try float32"
-        )
+        raise NotFiniteError(answer.method, job.prompt)
     text = builder.push(token_id, logprob)
     return [
         StreamEvent(

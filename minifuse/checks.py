@@ -28,14 +28,13 @@ from minifuse.chat import read_chat_template, render_frame
 from minifuse.checkpoint import open_params
 from minifuse.config import ModelConfig
 from minifuse.dense import Passage, fused_passage, plain_passage, read_logits, run_passages
+from minifuse.diagnosis import named_weights, widen
 from minifuse.engine import Fuser
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import count_compiled_graphs
 from minifuse.files import read_json
 from minifuse.layout import Prompt
-from minifuse.linear import PackedWeight, Weight, dequantize
 from minifuse.methods import FusionMethod
-from minifuse.model import LayerParams, Params
 from minifuse.request import Request, encode_prompt
 from minifuse.results import Generation
 
@@ -266,8 +265,9 @@ def check_weights(bench: Bench) -> Finding:
     values = 0
     if len(held.layers) != len(stored.layers):
         wrong.append(f"{len(held.layers)} layers, the config has {len(stored.layers)}")
-    for name, ours, kept in _pair_weights(held, stored):
-        found = dequantize(ours, torch.float32) if isinstance(ours, PackedWeight) else ours
+    pairs = zip(named_weights(held), named_weights(stored), strict=False)
+    for (name, ours), (_, kept) in pairs:
+        found = widen(ours)
         if found.shape != kept.shape:
             wrong.append(f"{name} is {list(found.shape)}, the config says {list(kept.shape)}")
             continue
@@ -280,15 +280,6 @@ def check_weights(bench: Bench) -> Finding:
             wrong.append(f"{name} differs from its file in {other} values")
     note = "; ".join(wrong[:MAX_NAMED]) or "finite, shaped as the config says, as in the files"
     return Finding("weights", not wrong, values, 0, "other values", note)
-
-
-def _pair_weights(held: Params, stored: Params) -> Iterator[tuple[str, Weight, Tensor]]:
-    for name in ("embed", "final_norm", "lm_head"):
-        yield name, getattr(held, name), getattr(stored, name)
-    for index, (ours, kept) in enumerate(zip(held.layers, stored.layers, strict=False)):
-        for field in LayerParams._fields:
-            if getattr(ours, field) is not None:
-                yield f"{field} of layer {index}", getattr(ours, field), getattr(kept, field)
 
 
 def check_plain_prompt(bench: Bench) -> Finding:

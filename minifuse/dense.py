@@ -112,6 +112,7 @@ def run_passages(
     dtype: torch.dtype = torch.float64,
     rope_length: int | None = None,
     attention: list[list[Tensor]] | None = None,
+    hidden: list[list[Tensor]] | None = None,
 ) -> list[Tensor]:
     """Normed hidden states float[T, C] of each passage.
 
@@ -119,6 +120,7 @@ def run_passages(
     dtype:       of all that is computed
     rope_length: positions that the request reaches, for dynamic RoPE
     attention:   a list to which each layer's probabilities float[H, T, T] go, by passage
+    hidden:      the same for each layer's output float[T, C]
     """
     frequencies, factor = rope_by_hand(config, rope_length)
     embed = _as_floats(params.embed)
@@ -135,6 +137,8 @@ def run_passages(
         states = [x for x, _ in done]
         if attention is not None:
             attention.append([probs for _, probs in done])
+        if hidden is not None:
+            hidden.append(states)
     return [_norm(x, params.final_norm.to(dtype), config.rms_norm_eps) for x in states]
 
 

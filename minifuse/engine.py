@@ -30,6 +30,7 @@ from minifuse.attribution import attribute
 from minifuse.cache import KVCache, cache_bytes, read_slots, write_slots
 from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
+from minifuse.diagnosis import explain_lost_scores
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import Executor
 from minifuse.inspection import Inspection, inspect_job
@@ -51,6 +52,7 @@ from minifuse.request import (
     Frame,
     FusionOptions,
     Job,
+    NotFiniteError,
     Options,
     Plan,
     Request,
@@ -294,7 +296,11 @@ class Fuser:
         plan = make_plan(**wanted, max_new_tokens=1)
         job = self._make_job(request, plan, targets)
         size, _ = self._plan_batch([job], 1)
-        with self.executor.pool(size) as pool, torch.inference_mode():
+        with (
+            self.executor.pool(size) as pool,
+            torch.inference_mode(),
+            self._explained(pool),
+        ):
             self._admit(pool, deque([(0, job)]), 1)
             prefill(self.executor, pool, [job])
             yield pool, job
@@ -445,7 +451,7 @@ class Fuser:
                 clock.lap_ms()
                 # Prefill runs best with many tokens: places are filled again by the half.
                 room = batch_size - len(live) if 2 * len(live) <= batch_size else 0
-                with torch.inference_mode():
+                with torch.inference_mode(), self._explained(pool):
                     new = self._admit(pool, waiting, room)
                     events = self._start(pool, new) if new else self._step(pool, live)
                 share = clock.lap_ms() / len(events)
@@ -473,6 +479,25 @@ class Fuser:
                         pool.release(job.held)
                         del live[index]
                     yield index, found, results
+
+    @contextmanager
+    def _explained(self, pool: Pool) -> Iterator[None]:
+        """Say where scores that are not finite come from, and leave none of them behind.
+
+        The cache is in use again later, and what is hidden is multiplied by zero, which a number
+        that is not finite survives.
+        """
+        try:
+            yield
+        except NotFiniteError as error:
+            for layer in (*pool.cache.keys, *pool.cache.values):
+                layer.zero_()
+            self.forget_prefixes()
+            executor = self.executor
+            why = explain_lost_scores(
+                executor.params, self.model.config, executor.dtype, error.prompts
+            )
+            raise MinifuseError(f"{error}; {why}") from None
 
     def _admit(self, pool: Pool, waiting: deque[tuple[int, Job]], count: int) -> dict[int, Job]:
         """Give the first jobs that wait their places, as long as they fit, at most to `count`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minifuse.chat import ChatFrame, encode_head, encode_tail
 from minifuse.config import ChatConfig, FusionConfig, GenerationConfig
-from minifuse.errors import UsageError
+from minifuse.errors import MinifuseError, UsageError
 from minifuse.executor import Copy, Token
 from minifuse.layout import Encoding, PackedPrompt, Part, Prompt, Span, Stream, View
 from minifuse.methods import (
@@ -175,6 +175,17 @@ def make_frame(tokenizer: Tokenizer, chat: ChatFrame | None) -> Frame:
         starts_answer=bool(chat.tail) and tokenizer.is_start_after(chat.tail),
         chat=chat,
     )
+
+
+class NotFiniteError(MinifuseError):
+    """The model's scores for a prompt are not finite; the engine finds out why.
+
+    prompts: token ids of each segment's plain prompt
+    """
+
+    def __init__(self, method: str, prompt: Prompt):
+        super().__init__(f"{method}: the model's scores are not finite")
+        self.prompts = [prompt.prefix_ids + ids + prompt.suffix_ids for ids in prompt.segment_ids]
 
 
 @dataclass(eq=False)

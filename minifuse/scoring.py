@@ -3,6 +3,7 @@
 Every target behind every view is a stream of its own, behind the same prefill as the answers.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from minifuse.executor import Executor, Token, is_short
 from minifuse.layout import PackedPrompt, View
 from minifuse.methods import Answer, FusionMethod
 from minifuse.pool import LABEL_COUNTS, Pool
-from minifuse.request import Job
+from minifuse.request import Job, NotFiniteError
 from minifuse.sampling import reduce_logits
 
 # A number per continuation; for `per_prompt` such a list for each segment.
@@ -22,12 +23,18 @@ T = TypeVar("T")
 
 
 def score_targets(executor: Executor, pool: Pool, jobs: Sequence[Job]) -> None:
-    """Fill `scores`: the log-probability of every target under every answer's distribution."""
+    """Fill `scores`: the log-probability of every target under every answer's distribution.
+
+    raises: NotFiniteError
+    """
     for job in jobs:
         job.scores = {answer: [] for answer in job.answers}
     for job, answer, target, logprobs in target_logprobs(executor, pool, jobs):
         index = torch.tensor(target, device=logprobs.device)[:, None]
-        job.scores[answer].append(float(logprobs.gather(1, index).sum()))
+        score = float(logprobs.gather(1, index).sum())
+        if math.isnan(score):
+            raise NotFiniteError(answer.method, job.prompt)
+        job.scores[answer].append(score)
 
 
 def target_logprobs(

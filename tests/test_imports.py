@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors config command files wheels hub cards
     layout lint methods
-    rope cache linear model dense definition attention_mass masks pool stages precompiled
+    rope cache linear model dense definition diagnosis attention_mass masks pool stages precompiled
     tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
     normalize results sampling
     executor request answers prefill scoring attribution inspection engine jsonl generate
