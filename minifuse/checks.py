@@ -266,8 +266,8 @@ def check_weights(bench: Bench) -> Finding:
     if len(held.layers) != len(stored.layers):
         wrong.append(f"{len(held.layers)} layers, the config has {len(stored.layers)}")
     pairs = zip(named_weights(held), named_weights(stored), strict=False)
-    for (name, ours), (_, kept) in pairs:
-        found = widen(ours)
+    for (name, ours), (_, theirs) in pairs:
+        found, kept = widen(ours), widen(theirs)
         if found.shape != kept.shape:
             wrong.append(f"{name} is {list(found.shape)}, the config says {list(kept.shape)}")
             continue

@@ -47,7 +47,7 @@ def explain_lost_scores(
         embed=widen(params.embed),
         lm_head=widen(params.lm_head),
         layers=[
-            LayerParams(*(None if part is None else widen(part) for part in layer))
+            layer._make(None if part is None else widen(part) for part in layer)
             for layer in params.layers
         ],
     )

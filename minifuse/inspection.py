@@ -146,8 +146,6 @@ def inspect_job(
 
     num_slots: of the pool that it ran in
     """
-    if job.lease is None:
-        raise ValueError("the job was never run")
     packed, states = job.packed, list(job.states.values())
     pieces = [*_pieces_of(packed, tokenizer), *_answers_of(states, tokenizer)]
     placed = sorted(
@@ -158,7 +156,7 @@ def inspect_job(
     slots, positions, labels = map(torch.tensor, zip(*placed, strict=True))
     bias, near_bias = _biases_of(packed, config, slots, positions, labels)
     streams = list(dict.fromkeys(line.stream for state in states for line in state.lines))
-    lease_slots = job.lease.slots
+    lease_slots = job.held.slots
     return Inspection(
         pieces=tuple(sorted(pieces, key=lambda piece: piece.slots[:1] or (num_slots,))),
         bias=bias,
