@@ -47,7 +47,12 @@ def explain_lost_scores(
         embed=widen(params.embed),
         lm_head=widen(params.lm_head),
         layers=[
-            layer._make(None if part is None else widen(part) for part in layer)
+            layer._replace(
+                wqkv=widen(layer.wqkv),
+                wo=widen(layer.wo),
+                w_gate_up=widen(layer.w_gate_up),
+                w_down=widen(layer.w_down),
+            )
             for layer in params.layers
         ],
     )

@@ -374,9 +374,9 @@ def _draw_shares(axes: "Axes", found: AttentionOf, names: list[str], shares: Ten
                 color=colour,
             )
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
-    axes.set_xticks(
-        range(len(found.parts)), [_short(part) for part in found.parts], fontsize=6.5, rotation=30
-    )
+    axes.set_xticks(range(len(found.parts)), [_short(part) for part in found.parts], fontsize=6.5)
     axes.set_ylim(_num_rows(found) - 0.5, -0.5)  # rows of one height on both sides
     axes.spines[:].set_visible(False)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
     axes.set_title(f"{found.name}: % of attention", fontsize=8)
