@@ -153,8 +153,8 @@ def _attribution(rows: "DataFrame") -> dict[str, Any] | None:
         "segments": list(shares[1:-2]),
         "suffix": shares[-2],
         "answer": shares[-1],
-        "without": [mean_of(column) for column in without.T],
-        "alone": [mean_of(column) for column in alone.T],
+        "without": mean_of(without),
+        "alone": mean_of(alone),
     }
 
 
