@@ -275,7 +275,7 @@ BAD_USAGE = [
     (["--input", "x", "--output", "o", "--top-p", "0"], "top_p is 0"),
     (["--input", "x", "--output", "o", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     (["--input", "x", "--output", "o", "--seed", "-1"], "seed is -1"),
-    (["--input", "x", "--output", "o", "--exemplars", "/nowhere/e"], "cannot read /nowhere/e"),
+    (["--input", "x", "--output", "o", "--exemplars", "/nowhere/e"], "/nowhere/e cannot be read"),
 ]
 
 

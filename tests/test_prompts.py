@@ -194,7 +194,7 @@ def test_templates_that_are_none(tmp_path, change, message):
 
 
 def test_templates_that_cannot_be_read(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot read the template .*: No such file"):
+    with pytest.raises(UsageError, match=r"template .* cannot be read: No such file"):
         read_template(tmp_path / "mine.toml")
     (tmp_path / "mine.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="not TOML in UTF-8"):

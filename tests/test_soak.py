@@ -202,7 +202,7 @@ def test_a_batch_that_changes_answers_is_found(tmp_path, monkeypatch):
     alone = soak.Alone(minifuse.load(folder, compile=False), soak.Report())
     sound = run(alone)
     assert sound.is_passed, sound.divergences + sound.faults
-    assert sound.tokens > 20
+    assert sound.tokens > 10
     decode = Executor.decode
 
     def decode_other(self, own, groups):
