@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import tomllib
 import warnings
@@ -228,7 +229,8 @@ def list_names(names: Iterable[str]) -> str:
 def is_inside(path_text: str) -> bool:
     """Whether a path stays in its folder; by its words, because the hub's cache is symlinks."""
     windows = PureWindowsPath(path_text)
-    is_name = bool(windows.parts) and "\0" not in path_text
+    # Half a surrogate pair, which JSON can spell, is no part of a name either.
+    is_name = bool(windows.parts) and not re.search("[\0\ud800-\udfff]", path_text)
     return is_name and not windows.anchor and ".." not in windows.parts
 
 

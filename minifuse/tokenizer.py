@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tokenizers
 
-from minifuse.errors import CheckpointError, UsageError
+from minifuse.errors import CheckpointError, UsageError, one_line
 from minifuse.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -213,10 +213,15 @@ def check_text(text: str, name: str = "text") -> None:
 
 def _build(raw: dict) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(raw))
-    except Exception as error:  # the package raises nothing narrower
-        reason = " ".join(str(error).split())
+        built = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        built.encode("a", add_special_tokens=False)  # some are built, and panic at every text
+    except BaseException as error:
+        # The package raises nothing narrower; a panic of its Rust code is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = one_line(error)
         raise CheckpointError(f"not a tokenizer that `tokenizers` can build: {reason}") from None
+    return built
 
 
 def _without_truncation(raw: dict) -> dict:

@@ -28,6 +28,7 @@ from minifuse.files import format_bytes, is_inside, new_file, read_json, read_to
         ("", False),
         (".", False),
         ("a\0b", False),
+        ("a\ud800b", False),
     ],
 )
 def test_paths_inside_of_a_folder(text, wanted):

@@ -329,6 +329,22 @@ def test_lone_surrogates_are_refused_by_name(text, code, place):
         OURS["smollm"].encode(text, is_start=True)
 
 
+def test_a_tokenizer_that_panics_at_every_text_is_refused():
+    """A template for one text that names a second one; Rust's panic is no Exception."""
+    raw = json.loads(make_smollm().to_str())
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    with pytest.raises(CheckpointError, match="can build: index out of bounds"):
+        Tokenizer(raw)
+
+
 def test_nul_is_ordinary_text():
     for kind in ("smollm", "llama2"):
         assert OURS[kind].decode(OURS[kind].encode("a\0b", is_start=True)) == "a\0b"

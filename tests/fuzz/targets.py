@@ -883,7 +883,8 @@ def _artifacts(pick: Random) -> Files:
         archive.writestr("minifuse-artifacts.json", dump(changed.get("manifest", manifest)))
         for name in listed if isinstance(listed, list) else ():
             # What zipfile itself writes.
-            if isinstance(name, str) and name and "\ud800" not in name and name != DEEP:
+            is_name = isinstance(name, str) and bool(name.split("\0")[0])
+            if is_name and "\ud800" not in name and name != DEEP:
                 kind = pick.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
                 archive.writestr(name, name * 20, kind)
     data = content.getvalue()
