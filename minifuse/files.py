@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
     raises: CheckpointError where the file is missing, unreadable, too large, not UTF-8, not JSON,
-            or holds something else
+            or holds something else, or text that is none
     """
     try:
         num_bytes = path.stat().st_size
@@ -48,13 +48,18 @@ def read_json(path: Path) -> dict:
             raise CheckpointError(
                 f"{path} has {num_bytes:,} bytes; wanted JSON of at most {MAX_JSON_BYTES:,}"
             )
-        content = parse_json(path.read_bytes().decode("utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        content = parse_json(text)
+        if "\\ud" in text.lower():  # a whole pair comes out as its character, half of one stays
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; wanted a model in hub layout") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path} has half a surrogate pair; wanted Unicode text") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from None
     if not isinstance(content, dict):

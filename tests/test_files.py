@@ -73,6 +73,15 @@ def test_a_message_is_one_printable_line_that_says_what_to_do():
     assert len(str(error)) <= MAX_MESSAGE_CHARS
 
 
+def test_half_a_surrogate_pair_is_refused_and_a_whole_one_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": "\\ud83d\\ude42"}')
+    assert read_json(path) == {"a": "\N{SLIGHTLY SMILING FACE}"}
+    path.write_text('{"a": "\\uD83d"}')
+    with pytest.raises(CheckpointError, match="half a surrogate pair"):
+        read_json(path)
+
+
 def test_json_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
     (tmp_path / "a.json").write_text('{"a": 1, "b": 2}')
