@@ -20,6 +20,9 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Parts of a tokenizer, and where they hold others.
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_STEPS_IN_STEPS = {"normalizers", "pretokenizers", "processors", "decoders"}
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -38,6 +41,7 @@ class Tokenizer:
         """
         raw = _without_truncation(raw)
         self._full = _build(raw)
+        _check_steps(raw)
         _check_added_ids(self._full, raw.get("added_tokens") or [])
         _add_configured_tokens(self._full, config or {})
         added = self._full.get_added_tokens_decoder()
@@ -230,6 +234,19 @@ def _without_truncation(raw: dict) -> dict:
     if not isinstance(model, dict):
         raise CheckpointError("not a tokenizer: it has no `model` object")
     return {**raw, "truncation": None, "padding": None, "model": {**model, "dropout": None}}
+
+
+def _check_steps(raw: dict) -> None:
+    """Refuse steps that are lists of bare values, which `tokenizers` takes for objects."""
+    steps = [(name, raw.get(name)) for name in _STEPS]
+    while steps:
+        name, step = steps.pop()
+        if step is None:
+            continue
+        if not isinstance(step, dict):
+            raise CheckpointError(f"its {name} holds {type(step).__name__}; wanted an object")
+        for inner in step.keys() & _STEPS_IN_STEPS:
+            steps += [(name, each) for each in step[inner] or ()]
 
 
 def _check_added_ids(full: tokenizers.Tokenizer, listed: list[dict]) -> None:

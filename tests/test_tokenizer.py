@@ -345,6 +345,14 @@ def test_a_tokenizer_that_panics_at_every_text_is_refused():
         Tokenizer(raw)
 
 
+@pytest.mark.parametrize("normalizer", [[[]], {"type": "Sequence", "normalizers": [[[]]]}])
+def test_steps_that_are_lists_are_refused(normalizer):
+    """The package takes a list for an object of as many fields."""
+    raw = json.loads(make_smollm().to_str()) | {"normalizer": normalizer}
+    with pytest.raises(CheckpointError, match=r"holds list; wanted an object|can build"):
+        Tokenizer(raw)
+
+
 def test_nul_is_ordinary_text():
     for kind in ("smollm", "llama2"):
         assert OURS[kind].decode(OURS[kind].encode("a\0b", is_start=True)) == "a\0b"
