@@ -6,9 +6,10 @@ by one and joined as ids, so only the first piece of a sequence may get the spac
 SentencePiece puts in front of a text.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
@@ -83,7 +84,7 @@ class Tokenizer:
         check_text(text)
         if not text:
             return []
-        ids = (self._start if is_start else self._inner).encode(text, add_special_tokens=False).ids
+        ids = _encode(self._start if is_start else self._inner, text).ids
         if not self.control_ids.isdisjoint(ids):
             token = self._full.id_to_token(next(id for id in ids if id in self.control_ids))
             raise UsageError(f"text was encoded as the control token {token!r}; rephrase it")
@@ -98,7 +99,7 @@ class Tokenizer:
         raises:   UsageError for text that UTF-8 cannot hold.
         """
         check_text(text)
-        encoding = self._full.encode(text, add_special_tokens=False)
+        encoding = _encode(self._full, text)
         if is_start:
             return encoding.ids
         starts = (
@@ -107,7 +108,7 @@ class Tokenizer:
             if id in self.control_ids
         )
         lead_len = next(starts, len(text))
-        rest = self._full.encode(text[lead_len:], add_special_tokens=False).ids
+        rest = _encode(self._full, text[lead_len:]).ids
         return self.encode(text[:lead_len], is_start=False) + rest
 
     def is_start_after(self, text: str) -> bool:
@@ -117,7 +118,7 @@ class Tokenizer:
         """
         if not text:
             return True
-        encoding = self._full.encode(text, add_special_tokens=False)
+        encoding = _encode(self._full, text)
         return bool(
             self._is_prefixed_after_control
             and encoding.ids
@@ -127,7 +128,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out, spaces stay as they are."""
-        return self._full.decode(list(ids), skip_special_tokens=True)
+        with _named_failures("the tokenizer fails on token ids"):
+            return self._full.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> "Detokenizer":
         """A decoder for ids that come one by one."""
@@ -216,16 +218,28 @@ def check_text(text: str, name: str = "text") -> None:
 
 
 def _build(raw: dict) -> tokenizers.Tokenizer:
-    try:
+    with _named_failures("not a tokenizer that `tokenizers` can build"):
         built = tokenizers.Tokenizer.from_str(json.dumps(raw))
         built.encode("a", add_special_tokens=False)  # some are built, and panic at every text
+    return built
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    with _named_failures("the tokenizer fails on a text"):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _named_failures(what: str) -> Iterator[None]:
+    """Whatever the package raises, which is nothing narrower than Exception; a panic of its Rust
+    code is not even that.
+    """
+    try:
+        yield
     except BaseException as error:
-        # The package raises nothing narrower; a panic of its Rust code is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = one_line(error)
-        raise CheckpointError(f"not a tokenizer that `tokenizers` can build: {reason}") from None
-    return built
+        raise CheckpointError(f"{what}: {one_line(error)}") from None
 
 
 def _without_truncation(raw: dict) -> dict:

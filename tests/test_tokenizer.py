@@ -353,6 +353,12 @@ def test_steps_that_are_lists_are_refused(normalizer):
         Tokenizer(raw)
 
 
+def test_a_text_that_the_tokenizer_cannot_take_is_an_error_of_ours():
+    raw = json.loads(tokenizers.Tokenizer(models.WordLevel({"a": 0}, "gone")).to_str())
+    with pytest.raises(CheckpointError, match="the tokenizer fails on a text: "):
+        Tokenizer(raw).encode("b", is_start=True)
+
+
 def test_nul_is_ordinary_text():
     for kind in ("smollm", "llama2"):
         assert OURS[kind].decode(OURS[kind].encode("a\0b", is_start=True)) == "a\0b"
