@@ -50,18 +50,19 @@ STEPPED = ("fused", "logit_avg", "per_prompt")
 
 # Stories, which run on: a question would be answered in a word.
 REQUEST = Request(
-    prefix="Stories for children, each told in a few simple sentences.\n\n",
+    prefix="Stories for children.\n\n",
     segments=(
-        "Once upon a time, in a small village by the sea,",
-        "Long ago, in a little village that lay on the coast,",
-        "There was once a village at the sea, so small that it had no name, and in it",
+        "Once upon a time, by the sea,",
+        "Long ago, on the coast,",
+        "There was once a village at the sea, and in it",
     ),
     suffix=" there lived",
 )
-CONTINUATION = " an old fisherman and his wife. Every morning he went out"
+# Short, so that what is forced on all streams fits into the smaller graphs.
+CONTINUATION = " an old man"
 OTHER_SEGMENTS = (
-    "In a cave under the highest of the mountains, where nobody had ever been,",
-    "On the third floor of a grey house in the middle of the city, behind a window,",
+    "In a cave under the mountains,",
+    "On the third floor of a grey house, behind a window,",
     "Far away, on the moon,",
 )
 # Whose answer the order of the segments may not change, and that have a distribution.
