@@ -12,11 +12,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from minifuse.config import ModelConfig
 from minifuse.dense import (
     Passage,
     PassagePart,
@@ -26,6 +27,7 @@ from minifuse.dense import (
     read_logits,
     run_passages,
 )
+from minifuse.model import Params
 
 if TYPE_CHECKING:
     from minifuse.results import Generation
@@ -36,22 +38,32 @@ SINGLE = ("origin", "per_prompt", "weighted_max")
 METHODS = (*SINGLE, *ENSEMBLES, *FUSED, "concat")  # all but `vote`, which has no streams
 WEIGHTED = ("weighted_avg", "weighted_prob_avg", "weighted_max", "fused_weighted", "fused_auto")
 
+Tree = TypeVar("Tree")  # of weights: tensors, tuples of them, named or not, None
 
-def passage_logits(config, params, passage: Passage, rope_length: int | None = None) -> Tensor:
+
+def passage_logits(
+    config: ModelConfig, params: Params, passage: Passage, rope_length: int | None = None
+) -> Tensor:
     """Logits float[T, V], in the dtype of the weights."""
     dtype = params.final_norm.dtype
     (hidden,) = run_passages(config, params, [passage], dtype, rope_length)
     return read_logits(params, hidden)
 
 
-def as_dtype(params, dtype: torch.dtype):
+def as_dtype(params: Tree, dtype: torch.dtype) -> Tree:
     """The same weights in another dtype, float64 for a reference without rounding of its own."""
-    if isinstance(params, Tensor):
-        return params.to(dtype)
-    if isinstance(params, tuple):
-        parts = [None if part is None else as_dtype(part, dtype) for part in params]
-        return type(params)(*parts) if hasattr(params, "_fields") else tuple(parts)
-    raise TypeError(type(params))
+
+    def convert(part: Any) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, Tensor):
+            return part.to(dtype)
+        if isinstance(part, tuple):
+            parts = map(convert, part)
+            return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+        raise TypeError(type(part))
+
+    return convert(params)
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,8 @@ class Reference:
 
     def __init__(
         self,
-        config,
-        params,
+        config: ModelConfig,
+        params: Params,
         dtype: torch.dtype = torch.float64,
         rope_length: int | None = None,
     ):
@@ -149,8 +161,7 @@ class Reference:
         count = case.num_segments
         if method not in WEIGHTED:
             return [1 / count] * count
-        is_given = case.weights is not None and not isinstance(case.weights, str)
-        if is_given and method != "fused_auto":
+        if isinstance(case.weights, tuple) and method != "fused_auto":
             return [w / sum(case.weights) for w in case.weights]
         if case.weights == "confidence":
             signal = [self.confidence(case, i) for i in range(count)]
@@ -185,16 +196,15 @@ class Reference:
         if index is not None:
             return self.plain(case.prompt(index) + forced)[-steps:].log_softmax(-1)
         prompts = [case.prompt(i) + forced for i in range(case.num_segments)]
-        logits = [self.plain(ids)[-steps:] for ids in prompts]
-        probs = [each.softmax(-1) for each in logits]
+        streams = [self.plain(ids)[-steps:] for ids in prompts]
+        probs = [each.softmax(-1) for each in streams]
         if method in ("logit_avg", "weighted_avg"):
-            mean = sum(w * each for w, each in zip(weights, logits, strict=True))
-            return mean.log_softmax(-1)
+            return _weighted_sum(weights, streams).log_softmax(-1)
         if method == "prob_max":
             best = torch.stack(probs).amax(0)
             return (best / best.sum(-1, keepdim=True)).log()
         assert method in ("prob_avg", "weighted_prob_avg"), method
-        return sum(w * each for w, each in zip(weights, probs, strict=True)).log()
+        return _weighted_sum(weights, probs).log()
 
     def score(
         self, case: Case, method: str, target: Sequence[int], index: int | None = None
@@ -202,6 +212,11 @@ class Reference:
         """Log-probability of a continuation, teacher-forced."""
         logprobs = self.logprobs(case, method, target[:-1], index)
         return sum(float(logprobs[i, token]) for i, token in enumerate(target))
+
+
+def _weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    terms = (w * each for w, each in zip(weights, tensors, strict=True))
+    return sum(terms, start=torch.zeros_like(tensors[0]))
 
 
 def vote(answers: "Sequence[Generation]") -> "Generation":

@@ -21,13 +21,14 @@ import os
 import random
 import string
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minifuse.answers import Results
 from minifuse.checkpoint import expected_tensors, params_from_tensors
 from minifuse.checks import ROUNDINGS, Bench, flat
 from minifuse.config import GenerationConfig, ModelConfig
@@ -39,8 +40,8 @@ from minifuse.loader import LoadedModel
 from minifuse.model import KV_BLOCK
 from minifuse.pool import Lease, Need, Pool, Size
 from minifuse.recompiles import count_graph_breaks
-from minifuse.request import Request, encode_prompt, make_plan
-from minifuse.results import Generation
+from minifuse.request import Options, Request, encode_prompt, make_plan
+from minifuse.results import Generation, StreamEvent
 from minifuse.sampling import make_generator
 from minifuse.tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ class Call:
     family: str
     requests: tuple[Request, ...]
     batch_size: int
-    options: dict
+    options: Options
     forgets: bool
     abandons: int | None
     streams: bool
@@ -165,7 +166,7 @@ def draw_call(seed: int, *, max_new_tokens: int, is_short: bool = False) -> Call
     needs_end = methods == ["all"] or bool(set(FUSED) & set(methods))
     shared = _text(rng, 0, 25)
     requests = tuple(_draw_request(rng, shared, needs_end, is_short) for _ in range(count))
-    options = {
+    options: Options = {
         "methods": methods,
         "positions": rng.choice(("aligned", "restart")),
         "beta": rng.choice((0.5, 1.0, 3.0, -1.0)),
@@ -379,14 +380,13 @@ class Checker:
         self.report = report
         self.watch = Watch(fuser)
 
-    def check(self, call: Call, number: int, results: dict) -> Iterator[str]:
+    def check(self, call: Call, number: int, results: Results) -> Iterator[str]:
         """What is wrong with a request's answers."""
         raise NotImplementedError
 
     def noise(self, call: Call, request: Request, answer: Generation) -> Noise:
         """The noise that an answer was drawn with; methods that read one prompt share its own."""
-        options = {k: v for k, v in call.options.items() if k in GenerationConfig.__match_args__}
-        config = GenerationConfig(**options)
+        config = make_plan(**call.options).generation
         if config.temperature == 0:
             return Noise(config, None)
         prompt = encode_prompt(self.fuser.model.tokenizer, request, self.fuser._frame(None))
@@ -470,8 +470,10 @@ class Definition(Checker):
             prompt.prefix_ids,
             prompt.segment_ids,
             prompt.suffix_ids,
-            tuple(weights) if isinstance(weights, list) else weights,
-            **{name: call.options[name] for name in ("positions", "beta", "balance")},
+            weights if weights is None or isinstance(weights, str) else tuple(weights),
+            call.options["positions"],
+            call.options["beta"],
+            call.options["balance"],
         )
 
     def _reference(self, call: Call, request: Request, dtype: torch.dtype) -> Reference:
@@ -498,7 +500,7 @@ class Definition(Checker):
         outside = len(case.prefix_ids) + len(case.suffix_ids)
         return outside + max(bodies) + call.options["max_new_tokens"]
 
-    def check(self, call: Call, number: int, results: dict) -> Iterator[str]:
+    def check(self, call: Call, number: int, results: Results) -> Iterator[str]:
         request = call.requests[number]
         case = self._case(call, request)
         truth = self._reference(call, request, torch.float64)
@@ -506,9 +508,12 @@ class Definition(Checker):
             for problem in self._check_answer(call, request, case, truth, answer):
                 yield f"{answer.method}: {problem}"
         if "vote" in results:
-            winner = vote(results["per_prompt"])
-            if results["vote"].text != winner.text:
-                yield f"vote: is {results['vote'].text!r}, the majority says {winner.text!r}"
+            voted, answers = results["vote"], results["per_prompt"]
+            assert isinstance(voted, Generation)
+            assert isinstance(answers, list)
+            winner = vote(answers)
+            if voted.text != winner.text:
+                yield f"vote: is {voted.text!r}, the majority says {winner.text!r}"
 
     def _check_answer(
         self, call: Call, request: Request, case: Case, truth: Reference, answer: Generation
@@ -517,14 +522,18 @@ class Definition(Checker):
         index, ids, tolerance = _index_of(answer), answer.token_ids, self.tolerance
         method = "per_prompt" if index is not None else answer.method
         wanted = truth.weights(case, answer.method)
+        weights = answer.weights
         if answer.method in WEIGHTED:
-            gap = max(abs(a - b) for a, b in zip(answer.weights, wanted, strict=True))
+            assert weights is not None, f"{answer.method} has no weights"
+            gap = max(abs(a - b) for a, b in zip(weights, wanted, strict=True))
             # Each weight turns beta times what the signal is off by into its own share of that.
             if gap > 2 * (1 + abs(case.beta)) * tolerance:
-                yield f"weights are {answer.weights}, the definition says {wanted}"
+                yield f"weights are {weights}, the definition says {wanted}"
         if answer.method == "weighted_max":
-            heaviest = max(
-                range(len(wanted)), key=lambda i: (answer.weights[i], case.segment_ids[i])
+            assert weights is not None
+            assert index is not None
+            heaviest, _ = max(
+                enumerate(zip(weights, case.segment_ids, strict=True)), key=lambda each: each[1]
             )
             if case.segment_ids[index] != case.segment_ids[heaviest]:
                 yield f"reads segment {index + 1}, the heaviest is {heaviest + 1}"
@@ -559,7 +568,7 @@ class Alone(Checker):
     def __init__(self, fuser: Fuser, report: Report):
         super().__init__(fuser, Bench(fuser).tolerance, report)
 
-    def check(self, call: Call, number: int, results: dict) -> Iterator[str]:
+    def check(self, call: Call, number: int, results: Results) -> Iterator[str]:
         request = call.requests[number]
         alone = self.fuser.generate_batch([request], **call.options)[0]
         for one, other in zip(flat(results), flat(alone), strict=True):
@@ -598,9 +607,7 @@ class Alone(Checker):
         if one.method == "vote" and _index_of(one) != _index_of(other):
             return  # other votes, each compared by itself
         index = _index_of(one)
-        names = ("methods", "positions", "beta", "balance")
-        options = {name: call.options[name] for name in names}
-        options["methods"] = "per_prompt" if index is not None else one.method
+        method = "per_prompt" if index is not None else one.method
         longer = max(one.token_ids, other.token_ids, key=len)
         self.watch.is_off = True  # a pool that scores goes as a whole
         found = self.fuser.distributions(
@@ -609,8 +616,11 @@ class Alone(Checker):
             suffix=request.suffix,
             weights=request.weights,
             continuation=longer[: step + 1],
-            **options,
-        )[options["methods"]]
+            methods=method,
+            positions=call.options["positions"],
+            beta=call.options["beta"],
+            balance=call.options["balance"],
+        )[method]
         self.watch.is_off = False
         scores = (found if index is None else found[index])[step].double()
         noise = self.noise(call, request, one)
@@ -661,7 +671,7 @@ class Watch:
                 if not self.is_off:
                     self.lines += _left_in(pool)
 
-        fuser.executor.pool = watched
+        fuser.executor.pool = watched  # type: ignore[method-assign]  # of this one alone
         self.counts = self._count()
 
     def _count(self) -> tuple[int, int, int, int]:
@@ -808,16 +818,24 @@ def _run_call(checker: Checker, call: Call, report: Report) -> Iterator[str]:
     if call.forgets:
         fuser.forget_prefixes()
     first = call.requests[0]
-    texts = {"segments": first.segments, "prefix": first.prefix, "suffix": first.suffix}
-    texts["weights"] = first.weights
+
+    def stream() -> Generator[StreamEvent, None, Results]:
+        return fuser.stream(
+            segments=first.segments,
+            prefix=first.prefix,
+            suffix=first.suffix,
+            weights=first.weights,
+            **call.options,
+        )
+
     if call.abandons is not None:
-        events = fuser.stream(**texts, **call.options)
+        events = stream()
         for _ in zip(range(call.abandons), events, strict=False):
             pass
         events.close()
     try:
         if call.streams:
-            answers = [_streamed(fuser.stream(**texts, **call.options))]
+            answers = [_streamed(stream())]
         else:
             answers = fuser.generate_batch(
                 call.requests, batch_size=call.batch_size, **call.options
@@ -831,7 +849,7 @@ def _run_call(checker: Checker, call: Call, report: Report) -> Iterator[str]:
             yield f"request {number + 1}, {problem}"
 
 
-def _streamed(events) -> dict:
+def _streamed(events: Generator[StreamEvent, None, Results]) -> Results:
     while True:
         try:
             next(events)

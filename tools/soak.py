@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from minifuse.command import Parser, add_model_flags, load_fuser, run_command
@@ -63,20 +63,20 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--model {TINY} is in float32; leave out --dtype and --quantize")
     from tqdm import tqdm
 
-    from minifuse.soak import FAMILIES, SIZES, Alone, open_tiny, soak
+    from minifuse.soak import FAMILIES, SIZES, Alone, Checker, Report, open_tiny, soak
 
     families = _families_of(args.families, FAMILIES) if is_tiny else None
     fuser = None if is_tiny else load_fuser(args)
 
-    def open_checker(family: str, report):
-        if is_tiny:
+    def open_checker(family: str, report: Report) -> Checker:
+        if fuser is None:
             return open_tiny(family, report, compile=args.compile)
         return Alone(fuser, report)
 
     start = time.perf_counter()
     with tqdm(total=args.requests, unit="request", file=sys.stderr, mininterval=5) as bar:
 
-        def say(report, lines) -> None:
+        def say(report: Report, lines: Sequence[str]) -> None:
             bar.update(report.requests - bar.n)
             for line in lines:
                 tqdm.write(line, file=sys.stdout)
