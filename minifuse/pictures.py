@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from minifuse.errors import MinifuseError
+from minifuse.executor import PREFILL_BLOCK
 from minifuse.inspection import FULL, PARTIAL, SKIPPED, AttentionOf, Inspection, Piece
 from minifuse.layout import Part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Rows of the block lists; a prefill has as many tokens to a row.
-QUERY_TOKENS = 16
 # More tokens than that do not fit beside each other in a terminal, nor do their names in a figure.
 MAX_TEXT_TOKENS = 160
 _MAX_NAMED_TOKENS = 70
@@ -154,13 +153,13 @@ def _pieces_by_slot(inspection: Inspection) -> dict[int, tuple[Piece, str]]:
 
 def _block_lines(inspection: Inspection) -> Iterator[str]:
     slots = sorted(_pieces_by_slot(inspection))
-    blocks = inspection.blocks(QUERY_TOKENS)
+    blocks = inspection.blocks(PREFILL_BLOCK)
     for row, states in enumerate(blocks.tolist()):
-        own = slots[row * QUERY_TOKENS : (row + 1) * QUERY_TOKENS]
+        own = slots[row * PREFILL_BLOCK : (row + 1) * PREFILL_BLOCK]
         yield f" {f'slots {own[0]}-{own[-1]}':>24} {' '.join(_BLOCKS[s] for s in states)}"
     counts = torch.bincount(blocks.flatten(), minlength=3).tolist()
     yield (
-        f"{'':25} rows of {QUERY_TOKENS} tokens by blocks of the cache; "
+        f"{'':25} rows of {PREFILL_BLOCK} tokens by blocks of the cache; "
         f"{_BLOCKS[SKIPPED]} skipped {counts[SKIPPED]}, {_BLOCKS[PARTIAL]} partly seen "
         f"{counts[PARTIAL]}, {_BLOCKS[FULL]} full {counts[FULL]}"
     )
@@ -330,8 +329,8 @@ def _draw_table(axes: "Axes", inspection: Inspection) -> None:
     axes.set_xlabel("keys")
     axes.set_ylabel("queries")
     axes.set_title(
-        f"Who sees whom; hatched: blocks of {QUERY_TOKENS} queries by the keys of one block of the "
-        "cache that attention skips",
+        f"Who sees whom; hatched: blocks of {PREFILL_BLOCK} queries by the keys of one block of "
+        "the cache that attention skips",
         fontsize=9,
     )
 
@@ -341,9 +340,9 @@ def _draw_blocks(axes: "Axes", inspection: Inspection) -> None:
 
     places = torch.tensor(inspection.key_blocks)
     changes = [0, *((places.diff() != 0).nonzero().flatten() + 1).tolist(), len(places)]
-    for row, states in enumerate(inspection.blocks(QUERY_TOKENS).tolist()):
-        top = row * QUERY_TOKENS
-        height = min(QUERY_TOKENS, len(places) - top)
+    for row, states in enumerate(inspection.blocks(PREFILL_BLOCK).tolist()):
+        top = row * PREFILL_BLOCK
+        height = min(PREFILL_BLOCK, len(places) - top)
         for start, end in itertools.pairwise(changes):
             if states[inspection.key_blocks[start]] == SKIPPED:
                 axes.add_patch(
