@@ -410,7 +410,10 @@ BAD_FILES = {
     ),
     "legacy number": ({"chat_template.json": {"chat_template": 3}}, r"template\.json: .*holds int"),
     "legacy list": ({"chat_template.json": [1]}, r"chat_template\.json holds list"),
-    "surrogate": ({CONFIG: '{"chat_template": "\\ud800"}'}, r"config\.json: .*surrogate U\+D800"),
+    "surrogate": (
+        {CONFIG: '{"chat_template": "\\ud800"}'},
+        r"config\.json has half a surrogate pair",
+    ),
     "token": ({CONFIG: {"chat_template": "x", "bos_token": 1}}, r"config\.json: bos_token is int"),
     "long file": ({"chat_template.jinja": "x" * (2**20 + 1)}, r"jinja has 1,048,577 bytes; wanted"),
     "long text": ({CONFIG: {"chat_template": "x" * (2**20 + 1)}}, "has 1,048,577 characters"),
