@@ -43,7 +43,8 @@ from minifuse.config import ModelConfig, dtype_beside, parse_quantize
 from minifuse.errors import CheckpointError, MinifuseError, UsageError
 from minifuse.files import file_version, format_bytes, list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
-from minifuse.loader import free_memory, resolve_model
+from minifuse.loader import resolve_model
+from minifuse.memory import free_memory
 from minifuse.model import forward_plain
 from minifuse.saving import (
     DEFAULT_SHARD_BYTES,

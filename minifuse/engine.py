@@ -32,10 +32,11 @@ from minifuse.chat import read_chat_template, render_frame
 from minifuse.config import ChatConfig
 from minifuse.diagnosis import explain_lost_scores
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.executor import Executor
+from minifuse.executor import MAX_DECODE_TOKENS, Executor
 from minifuse.inspection import Inspection, inspect_job
 from minifuse.layout import PackedPrompt, Span
-from minifuse.loader import LoadedModel, free_memory, load_model
+from minifuse.loader import LoadedModel, load_model
+from minifuse.memory import free_memory
 from minifuse.methods import FusionMethod, parse_methods
 from minifuse.pool import (
     LABEL_COUNTS,
@@ -391,15 +392,14 @@ class Fuser:
         wanted = min(batch_size, len(jobs))
         for count in range(wanted, 0, -1):
             size = self._size_of(jobs, count)
-            needed = cache_bytes(
-                self.model.config, rows=1, slots=size.slots, dtype=self.executor.cache_dtype
-            )
+            needed = self._bytes_for(jobs, count, size)
             if needed <= free:
                 break
         else:
             raise MinifuseError(
-                f"a key/value cache of {size.slots} slots needs {needed / 1e9:.2f} GB and "
-                f"{free / 1e9:.2f} GB of memory are free; use fewer or shorter prompts at once"
+                f"{size.slots} slots of keys and values, their tables and one call of the model "
+                f"need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of memory are free; use "
+                "fewer or shorter prompts at once, or fewer new tokens"
             )
         if count < wanted:
             warnings.warn(
@@ -408,6 +408,26 @@ class Fuser:
                 stacklevel=4,
             )
         return size, count
+
+    def _bytes_for(self, jobs: Sequence[Job], count: int, size: Size) -> int:
+        """What it takes to answer any `count` of the jobs at once, beside the weights, at most.
+
+        The pool and a call; what is kept of each prompt: hidden states, a view's logits and what
+        is made of them; and copies of prefixes that are stored.
+        """
+        config = self.model.config
+        lengths = sorted(len(ids) for ids in {job.prompt.prefix_ids for job in jobs})
+        stored = cache_bytes(
+            config,
+            rows=1,
+            slots=sum(lengths[-STORED_PREFIXES:]),
+            dtype=self.executor.cache_dtype,
+        )
+        views = sum(sorted(job.extent.views for job in jobs)[-count:])
+        scored = max(job.extent.views * max(map(len, job.targets), default=0) for job in jobs)
+        logits = 3 * 4 * config.vocab_size * (max(views, MAX_DECODE_TOKENS) + scored)
+        hidden = 2 * 4 * config.hidden_size * size.slots
+        return self.executor.bytes_for(size) + stored + logits + hidden
 
     def _size_of(self, jobs: Sequence[Job], count: int) -> Size:
         """The pool in which any `count` of the jobs fit at once.

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch._dynamo.types import GuardFilterEntry
 
 from minifuse.attention_mass import attention_mass
-from minifuse.cache import KVCache, allocate_cache, mark_static, move_keys
+from minifuse.cache import KVCache, allocate_cache, cache_bytes, mark_static, move_keys
 from minifuse.config import ModelConfig
 from minifuse.linear import fast_dtype
-from minifuse.masks import Labels, Tables, make_dense_bias, make_mask
+from minifuse.masks import Labels, Tables, make_dense_bias, make_mask, table_bytes
+from minifuse.memory import call_bytes
 from minifuse.model import LayerMasks, Params, forward, query_block_tokens, unembed
 from minifuse.pool import Buffers, Lease, Pool, Size
 from minifuse.precompiled import Step, precompile
@@ -228,6 +229,19 @@ class Executor:
             self.config, rows=1, slots=slots, dtype=self.cache_dtype, device=self.device
         )
         return Buffers(cache)
+
+    def bytes_for(self, size: Size) -> int:
+        """What a pool of this size and its largest call take, beyond what is held already."""
+        held = next((b for b in self._free_buffers if b.cache.num_slots == size.slots), None)
+        cache = cache_bytes(self.config, rows=1, slots=size.slots, dtype=self.cache_dtype)
+        call = call_bytes(
+            self.config,
+            tokens=PREFILL_SIZES[-1],
+            slots=size.slots,
+            is_compiled=self.is_compiled,
+        )
+        tables = table_bytes(size.labels)
+        return call + cache * (held is None) + tables * (held is None or not held.has_tables(size))
 
     def make_inv_freq(self, rope_length: int | None) -> Tensor:
         """f32[D/2] on the device; see `rope.make_inv_freq`."""

@@ -13,7 +13,6 @@ Whatever is written gets a temporary name first and its own by renaming, so that
 start together, or stop half way, leave whole files alone.
 """
 
-import contextlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -39,6 +38,7 @@ from minifuse.errors import (
 from minifuse.files import check_unchanged, file_version, read_json
 from minifuse.gguf import read_gguf
 from minifuse.hub import HubSource, fetch_snapshot, parse_hub_id
+from minifuse.memory import free_memory
 from minifuse.model import Params
 from minifuse.quantize import QuantizedTensor
 from minifuse.saving import ModelSource, QuantizedSource, save_folder
@@ -370,29 +370,3 @@ def _check_memory(config: ModelConfig, dtype: torch.dtype, device: torch.device)
             "prompts may not fit",
             stacklevel=3,
         )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [_free_in_group()]
-    with contextlib.suppress(OSError):
-        # Of what the system calls free it leaves out the file cache, which it gives up on demand.
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    found = [limit for limit in limits if limit is not None]
-    return min(found) if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _free_in_group(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit leaves (cgroup v2), None where there is no limit."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        limit = int((folder / "memory.max").read_text())  # "max" where there is none
-        used = int((folder / "memory.current").read_text())
-        lines = (folder / "memory.stat").read_text().splitlines()
-        # File cache that is given up on demand counts as used there.
-        cached = int(dict(line.split() for line in lines)["inactive_file"])
-        return max(0, limit - used + cached)
-    return None

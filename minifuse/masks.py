@@ -44,6 +44,11 @@ class Labels(NamedTuple):
     key_positions: Tensor  # i64[S]
 
 
+def table_bytes(num_labels: int) -> int:
+    """Bytes that `make_tables` takes: one for what is seen, four for its bias."""
+    return 5 * num_labels**2
+
+
 def make_tables(num_labels: int, device: torch.device) -> Tables:
     """Tables in which padding sees itself, and nothing else sees anything."""
     visibility = torch.zeros(num_labels, num_labels, dtype=torch.bool, device=device)

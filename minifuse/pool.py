@@ -80,6 +80,10 @@ class Buffers:
         self._tables: dict[int, Tables] = {}
         mark_static((cache, self.key_labels, self.key_positions))
 
+    def has_tables(self, size: Size) -> bool:
+        """Whether there are tables of as many labels already."""
+        return size.labels in self._tables
+
     @torch.inference_mode()
     def clear(self, num_labels: int) -> Tables:
         """Forget all keys; returns tables of so many labels, in which nobody sees anything."""

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors config command files wheels hub cards
     layout lint methods
-    rope cache linear model dense definition diagnosis attention_mass masks pool stages precompiled
-    tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf loader convert
+    rope cache linear model dense definition diagnosis attention_mass masks memory pool
+    stages precompiled tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf
+    loader convert
     normalize results sampling
     executor request answers prefill scoring attribution inspection engine jsonl generate
     pictures inspect
-    artifacts trials warmup recompiles profiling profile_report checks verify soak
+    artifacts trials warmup recompiles profiling profile_report checks verify
+    soak.calls soak.watch soak.judges soak.running
     evaluation.extras evaluation.rows evaluation.datasets evaluation.prompts evaluation.records
     evaluation.matching evaluation.lemmas evaluation.tables evaluation.statistics
     evaluation.summary evaluation.plots evaluation.report evaluation.flags evaluation.batches

@@ -178,19 +178,6 @@ def test_memory_is_planned_before_a_file_is_hashed_or_converted(folder, tmp_path
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_memory_of_a_container(tmp_path):
-    """Cgroup v2: its limit, less what is used, but for file cache that goes on demand."""
-    assert loader._free_in_group(tmp_path) is None
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\nfile 300\ninactive_file 200\n")
-    assert loader._free_in_group(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert loader._free_in_group(tmp_path) == 500
-    (tmp_path / "memory.max").write_text("100\n")
-    assert loader._free_in_group(tmp_path) == 0
-
-
 @pytest.mark.parametrize("value", [[], {}, 3])
 def test_dtype_of_the_config_that_is_no_name(folder, value):
     edit_json(folder / "config.json", dtype=value)

@@ -10,9 +10,12 @@ from engine_cases import make_sharp_model
 from tiny_files import write_hub_folder
 
 import minifuse
-from minifuse import engine, pool, soak
+from minifuse import engine, pool
+from minifuse.config import GenerationConfig
+from minifuse.definition import METHODS
 from minifuse.executor import Executor
 from minifuse.pool import Pool
+from minifuse.soak import calls, judges, running
 from tools.soak import main
 
 OPTIONS = {"max_new_tokens": 4, "families": None, "is_short": True}
@@ -21,7 +24,7 @@ OPTIONS = {"max_new_tokens": 4, "families": None, "is_short": True}
 @pytest.fixture(scope="module")
 def checker():
     """A tiny model with a window, and what its answers are held to."""
-    return soak.open_tiny("mistral", soak.Report(), compile=False)
+    return running.open_tiny("mistral", judges.Report(), compile=False)
 
 
 def run(checker, **options):
@@ -29,7 +32,7 @@ def run(checker, **options):
         checker.report = report
         return checker
 
-    return soak.soak(open_checker, **{"seed": 0, "requests": 8, **OPTIONS, **options})
+    return running.soak(open_checker, **{"seed": 0, "requests": 8, **OPTIONS, **options})
 
 
 def test_a_short_soak_finds_nothing(checker):
@@ -41,21 +44,31 @@ def test_a_short_soak_finds_nothing(checker):
 
 
 def test_calls_are_drawn_from_everything():
-    calls = [soak.draw_call(seed, max_new_tokens=8) for seed in range(300)]
-    assert calls == [soak.draw_call(seed, max_new_tokens=8) for seed in range(300)]
-    assert {call.family for call in calls} == set(soak.FAMILIES)
-    asked = Counter(method for call in calls for method in call.options["methods"])
-    assert set(asked) == {*soak.METHODS, "vote", "all"}
-    requests = [request for call in calls for request in call.requests]
-    assert {len(request.segments) for request in requests} == set(range(1, soak.MAX_SEGMENTS + 1))
+    drawn = [calls.draw_call(seed, max_new_tokens=8) for seed in range(300)]
+    assert drawn == [calls.draw_call(seed, max_new_tokens=8) for seed in range(300)]
+    assert {call.family for call in drawn} == set(calls.FAMILIES)
+    asked = Counter(method for call in drawn for method in call.options["methods"])
+    assert set(asked) == {*METHODS, "vote", "all"}
+    requests = [request for call in drawn for request in call.requests]
+    assert {len(request.segments) for request in requests} == set(range(1, calls.MAX_SEGMENTS + 1))
     assert {"likelihood", "confidence", None} <= {
         r.weights for r in requests if not r.weights or isinstance(r.weights, str)
     }
     assert any(isinstance(request.weights, list) for request in requests)
     for name in ("stop", "temperature", "top_k"):
-        assert {bool(call.options.get(name)) for call in calls} == {False, True}
-    assert {call.streams for call in calls} == {call.forgets for call in calls} == {False, True}
-    assert {len(call.requests) > call.batch_size for call in calls} == {False, True}
+        assert {bool(call.options.get(name)) for call in drawn} == {False, True}
+    assert {call.streams for call in drawn} == {call.forgets for call in drawn} == {False, True}
+    assert {len(call.requests) > call.batch_size for call in drawn} == {False, True}
+
+
+def test_filters_at_a_tie_are_held_to_neither_side():
+    """The third and the fourth token are as likely, so that top-k leaves 0.825 of the mass or all
+    of it: the first token alone has more than half of the one and less than half of the other."""
+    scores = torch.tensor([0.45, 0.2, 0.175, 0.175], dtype=torch.float64).log()
+    config = GenerationConfig(temperature=1.0, top_k=3, top_p=0.5)
+    may, must = judges._kept(scores, config, 1e-6)
+    assert may.tolist() == [True, True, False, False]
+    assert must.tolist() == [True, False, False, False]
 
 
 # Faults: each takes what it needs, and breaks it.
@@ -180,7 +193,7 @@ def test_a_graph_compiled_later_is_found(checker, monkeypatch):
     monkeypatch.setattr(executor, "_find_ready", lambda graph: executor._steps[graph.kind])
     monkeypatch.setattr(executor, "_run", compile_again)
     monkeypatch.setattr(executor, "recompiles", 0)
-    report = run(checker, requests=1, sizes=soak.SIZES[:2])
+    report = run(checker, requests=1, sizes=calls.SIZES[:2])
     assert any("recompiled" in line for line in report.faults)
 
 
@@ -191,19 +204,19 @@ def test_memory_that_grows_is_found(checker, monkeypatch):
         kept.append(torch.ones(4 << 20))  # 16 MB
         return generate(requests, **options)
 
-    monkeypatch.setattr(soak, "WARM_REQUESTS", 2)
+    monkeypatch.setattr(running, "WARM_REQUESTS", 2)
     monkeypatch.setattr(checker.fuser, "generate_batch", leak)
     report = run(checker, requests=10, max_new_tokens=1)
-    assert report.growth_bytes > soak.GROWTH_BYTES
+    assert report.growth_bytes > running.GROWTH_BYTES
     assert any("memory grew" in line for line in report.faults)
     assert report.divergences == []
 
 
 def test_a_batch_that_changes_answers_is_found(tmp_path, monkeypatch):
     folder = write_hub_folder(tmp_path / "sharp", make_sharp_model())
-    alone = soak.Alone(minifuse.load(folder, compile=False), soak.Report())
-    calls = {"seed": 6, "requests": 4}  # whose answers are long
-    sound = run(alone, **calls)
+    alone = judges.Alone(minifuse.load(folder, compile=False), judges.Report())
+    four = {"seed": 6, "requests": 4}  # whose answers are long
+    sound = run(alone, **four)
     assert sound.is_passed, sound.divergences + sound.faults
     assert sound.tokens > 20
     decode = Executor.decode
@@ -213,11 +226,11 @@ def test_a_batch_that_changes_answers_is_found(tmp_path, monkeypatch):
         return [1.01 * each for each in logits] if len(groups) > 1 else logits
 
     monkeypatch.setattr(Executor, "decode", decode_other)
-    assert any("alone" in line for line in run(alone, **calls).divergences)
+    assert any("alone" in line for line in run(alone, **four).divergences)
 
 
 def test_the_command(capsys, monkeypatch):
-    monkeypatch.setattr(soak, "CALIBRATION_CALLS", 3)
+    monkeypatch.setattr(judges, "CALIBRATION_CALLS", 3)
     assert main(["--no-compile", "--only", "3", "--new-tokens", "2"]) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out.splitlines()[-1])

@@ -63,7 +63,9 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--model {TINY} is in float32; leave out --dtype and --quantize")
     from tqdm import tqdm
 
-    from minifuse.soak import FAMILIES, SIZES, Alone, Checker, Report, open_tiny, soak
+    from minifuse.soak.calls import FAMILIES, SIZES
+    from minifuse.soak.judges import Alone, Checker, Report
+    from minifuse.soak.running import open_tiny, soak
 
     families = _families_of(args.families, FAMILIES) if is_tiny else None
     fuser = None if is_tiny else load_fuser(args)

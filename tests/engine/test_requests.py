@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from engine_cases import REQUEST, assert_same, check_results, count_calls, flat, make_case
+from engine_cases import REQUEST, check_results, count_calls, flat, make_case
 
 import minifuse
 from minifuse.engine import Request
@@ -141,35 +141,6 @@ def test_the_last_position_is_as_good_as_any(folder, truth):
     small = minifuse.Fuser(replace(model, config=config), compile=False)
     results = small.generate(**REQUEST, methods="fused", max_new_tokens=4)
     check_results(small, truth, results, REQUEST, max_new_tokens=4)
-
-
-def test_a_request_beyond_memory_is_an_error_with_both_numbers(fuser):
-    config = replace(fuser.model.config, max_position_embeddings=10**12)
-    endless = minifuse.Fuser(replace(fuser.model, config=config), compile=False)
-    slots = 2**34
-    # Keys and values of 2 layers, 2 heads and 16 numbers of 4 bytes.
-    needed = slots * 2 * 2 * 2 * 16 * 4
-    wanted = rf"of {slots} slots needs {needed / 1e9:.2f} GB and \d+\.\d\d GB of memory are free"
-    for call in (endless.generate, endless.stream):
-        with pytest.raises(MinifuseError, match=wanted) as error:
-            call(**REQUEST, max_new_tokens=10**10)
-        assert error.value.exit_status == 1
-
-
-def test_a_batch_beyond_memory_is_made_smaller(fuser, monkeypatch):
-    """With room for eight blocks: one for padding, one for the prefix, one for each request."""
-    requests = [Request(**REQUEST, id=number) for number in range(7)]
-    options = {"methods": ["fused"], "max_new_tokens": 3}
-    bytes_per_slot = 2 * 2 * 2 * 16 * 4
-    monkeypatch.setattr("minifuse.engine.free_memory", lambda device: 1024 * bytes_per_slot)
-    sizes = []
-    make_pool = fuser.executor.pool
-    monkeypatch.setattr(fuser.executor, "pool", lambda size: sizes.append(size) or make_pool(size))
-    with pytest.warns(UserWarning, match="6 requests are run at once, not 7: .* 0.00 GB"):
-        together = fuser.generate_batch(requests, batch_size=7, **options)
-    assert [size.slots for size in sizes] == [1024]
-    for results in together:
-        assert_same(results, fuser.generate(**REQUEST, **options))
 
 
 def test_who_is_done_makes_room(fuser, monkeypatch):
