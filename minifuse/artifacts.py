@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import zipfile
 import zlib
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import minifuse
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import hash_sources, is_inside, new_file, parse_json
+from minifuse.files import check_room, hash_sources, is_inside, new_file, parse_json
 
 FORMAT = 1
 _MANIFEST = "minifuse-artifacts.json"
@@ -91,12 +92,20 @@ def load_artifacts(path: Path, folder: Path) -> int:
             odd = set(listed) - {_FILES + name for name in names if _is_file_name(name)}
             if odd:
                 raise UsageError(f"{path} holds {one_line(min(odd))!r}, which lies in no cache")
+            check_room(folder, sum(info.file_size for info in archive.infolist()), str(path))
             if damaged := archive.testzip():
                 raise UsageError(f"{path} is damaged at {one_line(damaged)!r}; make it anew")
             for name in names:
                 target = folder / name
                 if not target.exists():
-                    _write(target, archive.read(_FILES + name))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    # Piece by piece: what a file unpacks to need not fit into memory.
+                    with (
+                        archive.open(_FILES + name) as packed,
+                        new_file(target) as temporary,
+                        temporary.open("wb") as unpacked,
+                    ):
+                        shutil.copyfileobj(packed, unpacked, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError):
         raise UsageError(
             f"{path} is no file of compiled artifacts; wanted one that --save has written"
@@ -137,9 +146,3 @@ def _check_manifest(path: Path, archive: zipfile.ZipFile) -> None:
             f"{path} was made for a CPU with {named}, which this one lacks; make it anew here with "
             "--save"
         )
-
-
-def _write(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(target) as temporary:
-        temporary.write_bytes(content)

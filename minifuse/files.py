@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tomllib
 import warnings
@@ -245,6 +246,20 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count} B"
+
+
+def check_room(folder: Path, num_bytes: int, name: str) -> None:
+    """Compare what something unpacks to with the room on the disk, before it fills it.
+
+    raises: MinifuseError
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise MinifuseError(
+            f"{name} unpacks to {format_bytes(num_bytes)}, and the disk of {folder} has "
+            f"{format_bytes(free)} free; make room there"
+        )
 
 
 @lru_cache(maxsize=1)

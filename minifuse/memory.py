@@ -3,16 +3,25 @@
 import contextlib
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from minifuse.config import ModelConfig
 
+if TYPE_CHECKING:
+    import torch
 
-def free_memory(device: torch.device) -> int:
+
+def free_memory(device: "torch.device") -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes that this machine, or the container around this process, can still give."""
     limits = [_free_in_group()]
     with contextlib.suppress(OSError):
         # Of what the system calls free it leaves out the file cache, which it gives up on demand.

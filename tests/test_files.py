@@ -142,3 +142,9 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path):
     write_whole(tmp_path / "a", "ours")
     assert (tmp_path / "theirs").read_text() == "theirs"
     assert (tmp_path / "a").read_text() == "ours"
+
+
+def test_what_unpacks_to_more_than_the_disk_has_is_refused(tmp_path):
+    files.check_room(tmp_path / "new" / "folder", 1, "a")
+    with pytest.raises(MinifuseError, match=r"a\.zip unpacks to .* GB, and the disk of .*new has"):
+        files.check_room(tmp_path / "new", 2**60, "a.zip")

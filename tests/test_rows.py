@@ -15,6 +15,7 @@ import pytest
 from hub_stub import HubStub, Repository, _Handler
 
 from minifuse.errors import MinifuseError, UsageError
+from minifuse.evaluation import rows
 from minifuse.evaluation.rows import (
     BadRow,
     Listing,
@@ -470,3 +471,16 @@ def test_a_value_that_python_cannot_hold(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"id": column}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet cannot be read as parquet: "):
         list(read_rows(tmp_path / "a.parquet", Rejects(True), ("id",)))
+
+
+def test_parquet_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch):
+    """A megabyte of zeros is a few bytes on the disk."""
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array(["0" * 2**20 for _ in range(4)])
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), path, use_dictionary=False)
+    assert path.stat().st_size < 2**19
+    monkeypatch.setattr(rows, "free_host_memory", lambda: 2**22)
+    with pytest.raises(UsageError, match=r"a group of rows that unpacks to 4\.2 MB, and 4"):
+        next(read_rows(path, Rejects(False), ["a"]))
+    monkeypatch.setattr(rows, "free_host_memory", lambda: 2**23)
+    assert len(list(read_rows(path, Rejects(False), ["a"]))) == 4

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import Any
 
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import parse_json, write_whole
+from minifuse.files import format_bytes, parse_json, write_whole
 from minifuse.hub import (
     PATIENCE_S,
     HubSource,
@@ -27,6 +28,7 @@ from minifuse.hub import (
     hub_library,
     within,
 )
+from minifuse.memory import free_host_memory
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
@@ -228,6 +230,7 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
             there = file.schema_arrow.names
             _check_names(path, there)
             wanted = [name for name in dict.fromkeys(columns) if name in there]
+            _check_unpacked(path, file.metadata)
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 # Unchecked, offsets of a damaged file lead out of memory.
                 batch.validate(full=True)
@@ -240,6 +243,20 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
     # The last two of values that Python has no room for, such as dates after the year 9999.
     except (arrow_error, ValueError, OverflowError) as error:
         raise UsageError(f"{path} cannot be read as parquet: {one_line(error)}") from None
+
+
+def _check_unpacked(path: Path, metadata: Any) -> None:
+    """Compare with the free memory what the largest group of rows says that it unpacks to.
+
+    raises: UsageError
+    """
+    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    largest, free = max(groups, default=0), free_host_memory()
+    if largest > free:
+        raise UsageError(
+            f"{path} has a group of rows that unpacks to {format_bytes(largest)}, and "
+            f"{format_bytes(free)} of memory are free; write it with smaller groups"
+        )
 
 
 def _arrow() -> tuple[ModuleType, type[Exception]]:
