@@ -120,18 +120,14 @@ def mean_of(values: np.ndarray) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has the mean NaN
-        return np.asarray(
-            np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
-        )
+        return np.asarray(np.nanmean(values, axis=0))
 
 
 def _quantiles(resampled: np.ndarray) -> np.ndarray:
     """f64[2, K]: the ends of the percentile interval of each column."""
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    if not np.isnan(resampled).any():
-        return np.asarray(np.quantile(resampled, tails, axis=0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # as above
         return np.asarray(np.nanquantile(resampled, tails, axis=0))
 
 
