@@ -280,6 +280,17 @@ def test_an_ensemble_loses_the_stream_of_a_segment_left_out(method):
     assert replace(left, views=whole.views, weights=whole.weights) == whole
 
 
+@pytest.mark.parametrize("method", [M.LOGIT_AVG, M.FUSED])
+def test_of_two_segments_the_other_is_left(method):
+    (whole,) = answers_of(method, SegmentWeights((0.5, 0.5)))
+    left = leave_out(whole, 0)
+    if method is M.FUSED:
+        (view,) = left.views
+        assert view.biases == pytest.approx((-math.inf, 0.0))
+    else:
+        assert (left.views, left.weights) == ((single_view(1),), (1.0,))
+
+
 def test_nothing_is_left_without_the_only_segment_that_weighs():
     weights = SegmentWeights((1 / 3,) * 3, (0.0, 1.0, 0.0))
     for method in (M.FUSED_WEIGHTED, M.WEIGHTED_AVG, M.WEIGHTED_MAX):

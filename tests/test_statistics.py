@@ -345,14 +345,16 @@ NOTHING |= {"first_only": None, "second_only": None}
 def test_pairs_of_one_item_and_of_none(num_rows, num_draws):
     """With rows of other columns beside them or not; two items are the first with an interval."""
     first, second = np.full((2, num_rows, num_draws, 4), np.nan)
-    first[0, :, :2], second[0, :, :2] = 1.0, 0.0
+    differences = [1.0, 0.0][:num_draws]
+    first[0, :, 0] = first[0, :, 1] = differences
+    second[0, :, :2] = 0.0
     binary, other, *none = paired(first, second, [True, False] * 2, num_resamples=50)
-    one = {"num_items": 1, "first_mean": 1, "second_mean": 0, "difference": 1, "note": ONE_ITEM}
-    one |= {"by_draw": [1.0] * num_draws}
+    one = {"num_items": 1, "by_draw": differences, "note": ONE_ITEM}
+    one |= {"first_mean": 1 / num_draws, "second_mean": 0, "difference": 1 / num_draws}
     of_draws = NOTHING | {"test": "paired bootstrap"}
     of_items = NOTHING | {"test": "McNemar, exact"} if num_draws == 1 else of_draws
     assert other == of_draws | one
-    counts = {"first_only": num_draws, "second_only": 0}
+    counts = {"first_only": 1, "second_only": 0}
     tested = {"p_mcnemar": 1.0, "p_value": 1.0} if num_draws == 1 else {}
     assert binary == of_items | one | counts | tested
     empty = dict.fromkeys(("first_mean", "second_mean", "difference"))

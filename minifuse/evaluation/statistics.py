@@ -124,7 +124,7 @@ def mean_of(values: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(resampled: np.ndarray) -> np.ndarray:
-    """f64[2, K]: the ends of the percentile interval of each column."""
+    """f64[2, ...]: the ends of the percentile interval of each column of f64[R, ...]."""
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # as above
@@ -158,7 +158,7 @@ def share_of_distance(
         resampled = resample_means(gains, num_resamples=num_resamples, seed=seed)
         resampled = resampled[~np.isnan(resampled).any(axis=1)]
         if (resampled[:, 1] > 0).all():
-            low, high = _quantiles(resampled[:, :1] / resampled[:, 1:])[:, 0]
+            low, high = _quantiles(resampled[:, 0] / resampled[:, 1])
             found |= {"low": low, "high": high}
     plain: dict[str, Any] = to_plain(found)
     return plain
