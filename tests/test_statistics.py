@@ -1,6 +1,7 @@
 """Statistics of arrays against worked examples, slow twins and simulation."""
 
 import math
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -67,6 +68,19 @@ def test_resampling_against_a_loop(monkeypatch, num_draws):
     np.testing.assert_allclose(resample_means(values, num_resamples=50, seed=3), expected, 1e-12)
     other = resample_means(values, num_resamples=50, seed=4)
     assert not np.allclose(other, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1000, 1, 1), (2, 30, 30)])
+def test_resampling_takes_the_memory_of_a_few_blocks(monkeypatch, shape):
+    """All at once, a thousand items or 900 cells of an item would take 1.4 MB."""
+    monkeypatch.setattr("minifuse.evaluation.statistics._BLOCK_LEN", 4000)
+    tracemalloc.start()
+    try:
+        means = resample_means(np.zeros(shape), num_resamples=200)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < means.nbytes + 8 * 8 * 4000
 
 
 def test_one_draw_is_the_plain_bootstrap():

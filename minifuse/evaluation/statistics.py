@@ -53,7 +53,7 @@ def resample_means(
     counts = is_there.astype(float).reshape(num_items, -1)
     # Two streams, so that the items taken do not depend on the number of draws.
     item_rng, draw_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    block_len = max(1, _BLOCK_LEN // max(1, num_items, num_draws * num_columns))
+    block_len = max(1, _BLOCK_LEN // max(num_items, num_draws * num_columns))
     means = np.empty((num_resamples, num_columns))
     for start in range(0, num_resamples, block_len):
         num_rows = min(block_len, num_resamples - start)
