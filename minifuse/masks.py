@@ -53,7 +53,8 @@ def make_tables(num_labels: int, device: torch.device) -> Tables:
     """Tables in which padding sees itself, and nothing else sees anything."""
     visibility = torch.zeros(num_labels, num_labels, dtype=torch.bool, device=device)
     visibility[0, 0] = True
-    return Tables(visibility, torch.zeros(num_labels, num_labels, device=device))
+    bias = torch.zeros(num_labels, num_labels, dtype=torch.float32, device=device)
+    return Tables(visibility, bias)
 
 
 def clear_tables(tables: Tables) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from copy import deepcopy
 
 import pytest
 from hypothesis import given
@@ -221,7 +222,8 @@ def test_an_empty_suffix_of_segments_in_a_row_takes_the_last_ones_last_token(enc
 @pytest.mark.parametrize("encoding", [ALONE, ALIGNED])
 def test_an_empty_suffix_behind_different_ends_is_an_error(encoding):
     packed = PackedPrompt(Prompt((1,), ((5, 6), (5, 8)), ()))
-    with pytest.raises(UsageError, match=r"different tokens \(6, 8\); wanted a suffix"):
+    wanted = r"different tokens \(6, 8\); wanted a suffix, .* one token to answer from$"
+    with pytest.raises(UsageError, match=wanted):
         fuse(packed, encoding)
     assert packed.view(encoding, (0,), (0.0,)).suffix.token_ids == (6,)
 
@@ -254,6 +256,38 @@ def test_pending_and_moves_are_taken_once():
     assert packed.take_moves() == []
     fuse(packed, ALIGNED)
     assert packed.take_pending() == []
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("suffix", [0, 2])
+def test_segments_behind_those_of_a_view_do_not_count(encoding, suffix):
+    """A view of the first ones is that of a request with no others."""
+    segments = (4, 2, 5)
+    packed, fewer = make_packed(3, segments, suffix), make_packed(3, segments[:2], suffix)
+    fuse(packed, encoding)  # nor what was placed for a view of all
+    found = packed.view(encoding, (0, 1), (0.0, 0.0))
+    wanted = fuse(fewer, encoding)
+    assert [s.positions for s in found.segments] == [s.positions for s in wanted.segments]
+    assert [s.token_ids for s in found.segments] == [s.token_ids for s in wanted.segments]
+    assert found.suffix.positions == wanted.suffix.positions
+    first, second = (span.label for span in found.segments)
+    assert (first in packed.sees[second]) == (encoding is CAUSAL)
+
+
+def test_a_copy_goes_on_alone():
+    """What it places afterwards is not in the original; what was there before is in both."""
+    packed = make_packed(1, (1, 2, 3), 1)
+    packed.view(ALIGNED, (0, 1), (0.0, 0.0))
+    before, again = deepcopy(packed), packed.copy()
+    assert again == packed
+    fuse(again, ALIGNED)
+    fuse(again, CAUSAL)
+    changed = [name for name, value in vars(packed).items() if getattr(again, name) != value]
+    assert changed == [name for name in vars(packed) if name != "prompt"]
+    assert packed == before
+    fuse(packed, ALIGNED)
+    fuse(packed, CAUSAL)
+    assert packed == again
 
 
 LENGTHS = st.integers(1, 6)

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minifuse import masks as masks_module
-from minifuse.masks import Labels, Tables, make_dense_bias, make_mask, make_tables, write_rules
+from minifuse.masks import (
+    Labels,
+    Tables,
+    clear_tables,
+    make_dense_bias,
+    make_mask,
+    make_tables,
+    write_rules,
+)
 from minifuse.model import KV_BLOCK, AttentionMask, BlockLists
 
 CPU = torch.device("cpu")
@@ -150,10 +158,40 @@ def test_a_label_that_is_used_again_sees_nothing_of_its_former_rule():
     assert tables.bias[2, 3] == 0.25
 
 
+def test_cleared_tables_are_new_ones():
+    tables = make_tables(3, CPU)
+    write_rules(tables, {0: {1: 0.0}, 1: {0: 0.0}, 2: {1: -0.5, 2: 0.0}})
+    clear_tables(tables)
+    assert torch.equal(tables.visibility, make_tables(3, CPU).visibility)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_bias_is_float32_whatever_a_program_has_set(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        tables = make_tables(3, CPU)
+        write_rules(tables, {1: {1: 0.1}, 2: {1: 1 / 3}})
+    finally:
+        torch.set_default_dtype(before)
+    assert tables.bias.dtype == torch.float32
+    assert tables.bias[2, 1] == torch.tensor(1 / 3)
+
+
 def test_tables_have_the_size_asked_for(device):
     visibility, bias = make_tables(256, device)
     assert visibility.shape == bias.shape == (256, 256)
     assert visibility.device.type == bias.device.type == device.type
+
+
+def test_tables_and_biases_lie_on_the_device_asked_for():
+    """Shown without a second device: a tensor on `meta` has a size and no numbers."""
+    meta = torch.device("meta")
+    tables = make_tables(2, meta)
+    assert {table.device.type for table in tables} == {"meta"}
+    labels = Labels(*(torch.zeros(size, dtype=torch.long, device=meta) for size in (2, 2, 2, 4, 4)))
+    dense = make_dense_bias(labels, tables)
+    assert (dense.shape, dense.device.type) == ((2, 4), "meta")
 
 
 @pytest.mark.parametrize("seed", range(8))

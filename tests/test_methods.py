@@ -1,6 +1,7 @@
 """Methods: names, the closed list, each one's tables as drawn, and the weights."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from minifuse.methods import (
     SegmentWeights,
     ViewRequest,
     Weighting,
+    leave_out,
     make_answers,
     needs_weights,
     normalise_weights,
@@ -124,6 +126,7 @@ def tables_of(request: ViewRequest):
 def test_tables_of_a_view_of_all_segments(method):
     drawing, biases, encoding = DRAWN[method]
     (answer,) = answers_of(method)
+    assert answer == Answer(method, None, answer.views, Reduction.NONE)
     (request,) = answer.views
     assert request.encoding is encoding
     assert request.indices == EVERYONE
@@ -243,6 +246,59 @@ def test_a_weight_of_zero_hides_its_segment_whatever_the_balance(balance):
     assert [segment.label for segment in view.segments] == [first, last]
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("index", EVERYONE)
+def test_a_segment_left_out_is_one_of_weight_zero(index, balance):
+    """The others keep their proportions, and weigh together what all of them did."""
+    (whole,) = answers_of(M.FUSED_WEIGHTED, balance=balance)
+    left = leave_out(whole, index)
+    shares = [0.0 if i == index else share for i, share in enumerate(CHOSEN)]
+    weights = SegmentWeights((1 / 3,) * 3, normalise_weights(shares, 3))
+    (wanted,) = answers_of(M.FUSED_WEIGHTED, weights, balance=balance)
+    assert left.views[0].biases == pytest.approx(wanted.views[0].biases)
+    assert replace(left, views=wanted.views) == wanted
+
+
+@pytest.mark.parametrize("method", [M.FUSED_PLAIN, M.CONCAT])
+def test_without_weights_a_segment_left_out_changes_no_other(method):
+    (whole,) = answers_of(method)
+    (view,) = whole.views
+    wanted = replace(view, biases=(0.0, -math.inf, 0.0))
+    assert leave_out(whole, 1) == replace(whole, views=(wanted,))
+
+
+@pytest.mark.parametrize("method", ENSEMBLES)
+def test_an_ensemble_loses_the_stream_of_a_segment_left_out(method):
+    (whole,) = answers_of(method, WEIGHTS)
+    left = leave_out(whole, 1)
+    assert left.views == (SINGLES[0], SINGLES[2])
+    if whole.weights is None:
+        assert left.weights is None
+    else:
+        first, _, third = whole.weights
+        assert left.weights == pytest.approx((first / (first + third), third / (first + third)))
+    assert replace(left, views=whole.views, weights=whole.weights) == whole
+
+
+@pytest.mark.parametrize("method", [M.LOGIT_AVG, M.FUSED])
+def test_of_two_segments_the_other_is_left(method):
+    (whole,) = answers_of(method, SegmentWeights((0.5, 0.5)))
+    left = leave_out(whole, 0)
+    if method is M.FUSED:
+        (view,) = left.views
+        assert view.biases == pytest.approx((-math.inf, 0.0))
+    else:
+        assert (left.views, left.weights) == ((single_view(1),), (1.0,))
+
+
+def test_nothing_is_left_without_the_only_segment_that_weighs():
+    weights = SegmentWeights((1 / 3,) * 3, (0.0, 1.0, 0.0))
+    for method in (M.FUSED_WEIGHTED, M.WEIGHTED_AVG, M.WEIGHTED_MAX):
+        (whole,) = answers_of(method, weights)
+        assert leave_out(whole, 1) is None
+        assert leave_out(whole, 0) is not None
+
+
 @pytest.mark.parametrize("method", FusionMethod)
 def test_permuting_segments_permutes_the_tables(method):
     """Promise 5, as far as tables go: each segment keeps its weight, its sight and its place."""
@@ -301,12 +357,13 @@ def test_parse_aliases_all_and_repeats():
 
 @pytest.mark.parametrize("name", ["", "Fused", "fusion", "fused,avg", None, 3])
 def test_unknown_names_list_the_known_ones(name):
-    with pytest.raises(UsageError, match=r"^method is .*; wanted one of .*fused.*avg.*all$"):
+    known = "origin, per_prompt, .*concat, avg, max, flex_attention, all"
+    with pytest.raises(UsageError, match=rf"^method is .*; wanted one of {known}$"):
         parse_methods([name])
 
 
 def test_no_method_at_all():
-    with pytest.raises(UsageError, match="methods is empty"):
+    with pytest.raises(UsageError, match=r"^methods is empty; wanted at least one"):
         parse_methods([])
 
 
@@ -343,7 +400,7 @@ def test_weights_at_the_ends_of_the_range():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], r"got 0 weights for 2 segments; wanted one each"),
+        ([], r"^got 0 weights for 2 segments; wanted one each, or the name of a signal$"),
         ([1.0], r"got 1 weights for 2 segments"),
         ([1.0, 2.0, 3.0], r"got 3 weights for 2 segments"),
         ([1.0, -0.1], r"a weight is -0\.1; wanted finite numbers of at least 0"),
@@ -352,7 +409,7 @@ def test_weights_at_the_ends_of_the_range():
         ([True, 1.0], r"a weight is True"),
         (["1", 1.0], r"a weight is '1'"),
         ([None, 1.0], r"a weight is None"),
-        ([0, 0.0], r"all weights are 0; wanted at least one above 0"),
+        ([0, 0.0], r"^all weights are 0; wanted at least one above 0$"),
         ([10**400, 1.0], r"a weight is 1000"),
     ],
 )

@@ -1,6 +1,7 @@
 """Statistics of arrays against worked examples, slow twins and simulation."""
 
 import math
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_resampling_against_a_loop(monkeypatch, num_draws):
     assert not np.allclose(other, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(1000, 1, 1), (2, 30, 30)])
+def test_resampling_takes_the_memory_of_a_few_blocks(monkeypatch, shape):
+    """All at once, a thousand items or 900 cells of an item would take 1.4 MB."""
+    monkeypatch.setattr("minifuse.evaluation.statistics._BLOCK_LEN", 4000)
+    tracemalloc.start()
+    try:
+        means = resample_means(np.zeros(shape), num_resamples=200)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < means.nbytes + 8 * 8 * 4000
+
+
 def test_one_draw_is_the_plain_bootstrap():
     """As it was before there were draws, to the last number."""
     values = np.random.default_rng(5).normal(size=(11, 3))
@@ -96,8 +110,8 @@ def test_both_ways_of_varying_are_seen(sd_of_items, sd_of_draws):
 def test_intervals_are_percentiles_of_the_resampled_means():
     values = np.random.default_rng(2).normal(size=(9, 3, 2))
     values[3, :, 1] = values[4, 0, 1] = np.nan
-    expected = slow_resample(values, 200, seed=0)
-    for column, found in enumerate(intervals(values, num_resamples=200, seed=0)):
+    expected = slow_resample(values, 200, seed=4)
+    for column, found in enumerate(intervals(values, num_resamples=200, seed=4)):
         assert found["mean"] == pytest.approx(np.nanmean(values[..., column]))
         assert found["low"] == pytest.approx(np.percentile(expected[:, column], 2.5))
         assert found["high"] == pytest.approx(np.percentile(expected[:, column], 97.5))
@@ -105,6 +119,32 @@ def test_intervals_are_percentiles_of_the_resampled_means():
         assert "note" not in found
 
 
+def test_resamples_without_a_cell_are_left_out_of_the_interval():
+    """Two of six items are there: of 200 resamples some take neither."""
+    values = np.full((6, 1, 2), np.nan)
+    values[:2, 0, 0], values[:, 0, 1] = (1.0, 3.0), range(6)
+    expected = slow_resample(values, 200, seed=0)
+    assert np.isnan(expected[:, 0]).any()
+    found, whole = intervals(values, num_resamples=200)
+    assert [found["low"], found["high"]] == [1.0, 3.0]
+    ends = np.percentile(expected[:, 1], [2.5, 97.5])
+    assert [whole["low"], whole["high"]] == pytest.approx(ends)
+
+
+def test_without_a_seed_the_numbers_are_the_same_every_time():
+    """Those of seed 0, which the reports leave out."""
+    rng = np.random.default_rng(0)
+    first, second, third = rng.normal(size=(3, 8, 2))
+    best = np.abs(third) + first
+    assert (resample_means(first[..., None]) == resample_means(first[..., None], seed=0)).all()
+    assert intervals(first[..., None]) == intervals(first[..., None], seed=0)
+    pair = first[..., None], second[..., None], [False]
+    assert paired(*pair) == paired(*pair, seed=0) != paired(*pair, seed=1)
+    found = share_of_distance(second, first, best)
+    assert found == share_of_distance(second, first, best, seed=0)
+
+
+@pytest.mark.filterwarnings("error")
 def test_where_no_interval_can_be_had():
     nan = math.nan
     values = np.array([[1.0, nan, nan, 0.0, 1.0], [0.5, 2.0, nan, 0.0, nan]])[:, None]
@@ -209,6 +249,14 @@ def test_bootstrap_p_by_hand():
     # Zero up to rounding lies on both sides: 30 of 99 are not below.
     assert bootstrap_p(np.array([1e-17] * 15 + [-1e-17] * 15 + [-1.0] * 69)) == 0.62
     assert bootstrap_p(np.array([math.nan] + [1.0] * 99)) == pytest.approx(0.02)
+    assert bootstrap_p(np.array([math.nan])) == 1.0
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-6, 1e6, 1e30])
+def test_bootstrap_p_knows_no_unit(unit):
+    """What rounding is depends on how large the differences are."""
+    values = np.array([1e-17] * 15 + [-1e-17] * 15 + [1e-9] * 3 + [-1.0] * 66)
+    assert bootstrap_p(values * unit) == bootstrap_p(-values * unit) == pytest.approx(0.68)
 
 
 def test_bootstrap_p_agrees_with_the_t_test():
@@ -256,6 +304,7 @@ def test_where_nothing_can_be_detected():
     assert 0 < detectable_share(1.0, 4) < 1
     assert detectable_mean(0.0, 100) is None
     assert detectable_mean(1.0, 1) is None
+    assert detectable_mean(1.0, 2) == pytest.approx(detectable_difference(math.sqrt(1 / 2)))
     assert detectable_mean(math.nan, 5) is None
     assert detectable_difference(0.0) is None
     assert detectable_difference(math.nan) is None
@@ -298,6 +347,47 @@ def test_pairs_of_one_draw_are_tested_by_their_kind():
     assert other["p_value"] == other["p_bootstrap"] == binary["p_bootstrap"]
     assert other["detectable"] == detectable_mean((first - second).std(ddof=1), 4)
     assert binary["by_draw"] == other["by_draw"] == [0.25]
+
+
+NOTHING = dict.fromkeys(("low", "high", "p_bootstrap", "p_mcnemar", "p_value", "detectable"))
+NOTHING |= {"first_only": None, "second_only": None}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_draws", [1, 2])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_pairs_of_one_item_and_of_none(num_rows, num_draws):
+    """With rows of other columns beside them or not; two items are the first with an interval."""
+    first, second = np.full((2, num_rows, num_draws, 4), np.nan)
+    differences = [1.0, 0.0][:num_draws]
+    first[0, :, 0] = first[0, :, 1] = differences
+    second[0, :, :2] = 0.0
+    binary, other, *none = paired(first, second, [True, False] * 2, num_resamples=50)
+    one = {"num_items": 1, "by_draw": differences, "note": ONE_ITEM}
+    one |= {"first_mean": 1 / num_draws, "second_mean": 0, "difference": 1 / num_draws}
+    of_draws = NOTHING | {"test": "paired bootstrap"}
+    of_items = NOTHING | {"test": "McNemar, exact"} if num_draws == 1 else of_draws
+    assert other == of_draws | one
+    counts = {"first_only": 1, "second_only": 0}
+    tested = {"p_mcnemar": 1.0, "p_value": 1.0} if num_draws == 1 else {}
+    assert binary == of_items | one | counts | tested
+    empty = dict.fromkeys(("first_mean", "second_mean", "difference"))
+    empty |= {"num_items": 0, "note": NO_ITEM, "by_draw": [None] * num_draws}
+    assert none == [of_items | empty | {"first_only": 0, "second_only": 0}, of_draws | empty]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_pairs_of_two_items(num_draws):
+    first, second = np.zeros((2, 2, num_draws, 1))
+    first[:, 0, 0] = (1.0, 3.0)
+    [found] = paired(first, second, [False], num_resamples=100, seed=1)
+    resampled = slow_resample(first, 100, seed=1)[:, 0]
+    assert found["p_value"] == found["p_bootstrap"] == bootstrap_p(resampled)
+    assert found["low"] == np.percentile(resampled, 2.5)
+    error = resampled.std(ddof=1) if num_draws > 1 else 1.0  # sd sqrt(2), of two
+    assert found["detectable"] == pytest.approx(detectable_difference(error))
+    assert "note" not in found
 
 
 def test_differences_that_do_not_vary_say_nothing_of_what_could_be_shown():
@@ -356,6 +446,17 @@ def test_where_there_is_no_distance():
     assert share_of_distance(one, zero, best, num_resamples=200) == alone | {"share": 4.0}
 
 
+def test_a_share_has_an_interval_from_two_items_on():
+    """However many others lack a cell, and none where the others lack it."""
+    nan = math.nan
+    zero, values, best = np.zeros((4, 1)), np.full((4, 1), 0.5), np.ones((4, 1))
+    assert share_of_distance(values[:2], zero[:2], best[:2]) == dict.fromkeys(
+        ("share", "low", "high"), 0.5
+    )
+    one = np.array([[0.5], [nan], [nan], [nan]])
+    assert share_of_distance(one, zero, best) == {"share": 0.5, "low": None, "high": None}
+
+
 # ---- Calibration, agreement, flips
 
 
@@ -368,10 +469,14 @@ def test_calibration_by_hand():
     first = found["bins"][0]
     assert first["accuracy"] == pytest.approx(1 / 3)
     assert first["confidence"] == pytest.approx(0.05)
-    assert found["bins"][1]["accuracy"] is None
+    empty = {"low": 0.1, "high": 0.2, "count": 0, "confidence": None, "accuracy": None}
+    assert found["bins"][1] == empty
+    assert [entry["high"] for entry in found["bins"]] == [i / 10 for i in range(1, 11)]
     gaps = (abs(0.05 - 1 / 3), abs(0.275 - 1 / 2), abs(2.95 / 3 - 2 / 3))
     assert found["ece"] == pytest.approx((3 * gaps[0] + 2 * gaps[1] + 3 * gaps[2]) / 8)
     assert calibration([], [])["ece"] is None
+    # Rounding up of what is certain.
+    assert calibration([1.0, 1 + 1e-7], [1, 1])["bins"][-1]["count"] == 2
     assert len(calibration([0.5], [1], num_bins=4)["bins"]) == 4
 
 
@@ -395,6 +500,8 @@ def test_flips_by_hand():
     before = np.array([1, 1, 0, 0, 0, 1, nan])
     after = np.array([1, 0, 1, 1, 0, nan, 1])
     assert count_flips(before, after) == {"right_to_wrong": 1, "wrong_to_right": 2, "num_cells": 5}
+    # Counts are whole numbers, in JSON too.
+    assert all(type(number) is int for number in count_flips(before, after).values())
     # Shares: of the four prompts of an item one is right.
     found = count_flips(np.array([0.25, 0.5]), np.array([1.0, 0.0]))
     assert found == {"right_to_wrong": 0.5, "wrong_to_right": 0.75, "num_cells": 2}

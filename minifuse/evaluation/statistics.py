@@ -53,7 +53,7 @@ def resample_means(
     counts = is_there.astype(float).reshape(num_items, -1)
     # Two streams, so that the items taken do not depend on the number of draws.
     item_rng, draw_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    block_len = max(1, _BLOCK_LEN // max(1, num_items, num_draws * num_columns))
+    block_len = max(1, _BLOCK_LEN // max(num_items, num_draws * num_columns))
     means = np.empty((num_resamples, num_columns))
     for start in range(0, num_resamples, block_len):
         num_rows = min(block_len, num_resamples - start)
@@ -120,18 +120,14 @@ def mean_of(values: np.ndarray) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN has the mean NaN
-        return np.asarray(
-            np.nanmean(values, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
-        )
+        return np.asarray(np.nanmean(values, axis=0))
 
 
 def _quantiles(resampled: np.ndarray) -> np.ndarray:
-    """f64[2, K]: the ends of the percentile interval of each column."""
+    """f64[2, ...]: the ends of the percentile interval of each column of f64[R, ...]."""
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    if not np.isnan(resampled).any():
-        return np.asarray(np.quantile(resampled, tails, axis=0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # as above
         return np.asarray(np.nanquantile(resampled, tails, axis=0))
 
 
@@ -162,7 +158,7 @@ def share_of_distance(
         resampled = resample_means(gains, num_resamples=num_resamples, seed=seed)
         resampled = resampled[~np.isnan(resampled).any(axis=1)]
         if (resampled[:, 1] > 0).all():
-            low, high = _quantiles(resampled[:, :1] / resampled[:, 1:])[:, 0]
+            low, high = _quantiles(resampled[:, 0] / resampled[:, 1])
             found |= {"low": low, "high": high}
     plain: dict[str, Any] = to_plain(found)
     return plain
