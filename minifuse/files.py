@@ -96,32 +96,37 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _private_file(path: Path) -> Iterator[None]:
     """Make an empty file that nobody else may read, and hold its lock."""
-    handle = -1
-    while handle < 0:
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            _remove_left(path)
-            continue
-        try_lock(handle, wait=True)
-        if not _is_at(path, handle):  # it was taken for one that was left
-            os.close(handle)
-            handle = -1
-    if sys.platform == "win32":  # where an open file cannot be renamed
-        os.close(handle)
+    if sys.platform == "win32":  # no locks, and an open file cannot be renamed
+        path.unlink(missing_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield
         return
+    while (handle := _make_locked(path)) is None:
+        _remove_left(path)
     try:
         yield
     finally:
         os.close(handle)
 
 
+def _make_locked(path: Path) -> int | None:
+    """An open file that was not there; None where there is one."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return None
+    try_lock(handle, wait=True)
+    if _is_at(path, handle):
+        return handle
+    os.close(handle)  # it was taken for one that was left, before it was locked
+    return None
+
+
 def _remove_left(path: Path) -> None:
     """Remove a file once nobody writes to it; where it is a link, that."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
+    except OSError:  # a link, for one
         path.unlink(missing_ok=True)
         return
     try:
@@ -237,7 +242,11 @@ class GrowingFile:
         return self._file.read()
 
     def cut(self, end: int) -> None:
-        """Forget what lies behind a byte."""
+        """Forget what lies behind a byte.
+
+        raises: as `append`
+        """
+        self._check()
         self._file.truncate(end)
         self._end = end
 
@@ -246,11 +255,7 @@ class GrowingFile:
 
         raises: MinifuseError where something else changed the file; OSError
         """
-        if not self._is_as_left():
-            raise MinifuseError(
-                f"{self.path} was changed or removed by something else meanwhile, and is left "
-                "alone; choose another --output"
-            )
+        self._check()
         try:
             written = 0
             while written < len(content):
@@ -266,6 +271,13 @@ class GrowingFile:
         if remove and self._is_as_left():
             self.path.unlink()
         self._file.close()
+
+    def _check(self) -> None:
+        if not self._is_as_left():
+            raise MinifuseError(
+                f"{self.path} was changed or removed by something else meanwhile, and is left "
+                "alone; choose another --output"
+            )
 
     def _is_as_left(self) -> bool:
         """Whether the path still leads to what was opened, and that was left alone."""
