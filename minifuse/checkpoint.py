@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from minifuse.config import DTYPE_NAMES, QUANTIZE_GROUP, ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
-from minifuse.files import check_unchanged, file_version, is_inside, list_names, read_json
+from minifuse.files import (
+    check_readable,
+    check_unchanged,
+    file_version,
+    is_inside,
+    list_names,
+    read_json,
+)
 from minifuse.model import WEIGHT_FIELDS, LayerParams, Params
 from minifuse.quantize import INT4_ROWS, KINDS, QuantizedTensor, dequantize, pack, quantize_weight
 
@@ -590,6 +597,7 @@ def _is_other(tensor: StoredTensor, own: torch.dtype | None) -> bool:
 
 
 def _open(path: Path) -> safe_open:
+    check_readable(path)
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as error:

@@ -41,7 +41,7 @@ from minifuse.checkpoint import (
 )
 from minifuse.config import ModelConfig, dtype_beside, parse_quantize
 from minifuse.errors import CheckpointError, MinifuseError, UsageError
-from minifuse.files import file_version, format_bytes, list_names, read_json
+from minifuse.files import check_readable, file_version, format_bytes, list_names, read_json
 from minifuse.gguf import GgufCheckpoint, read_gguf
 from minifuse.loader import resolve_model
 from minifuse.memory import free_memory
@@ -108,9 +108,11 @@ class HubFolder:
         """Copy tokenizer, chat templates, generation config and licence into another folder."""
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and (file.name in CARRIED_FILES or _LICENCE.fullmatch(file.name)):
+                check_readable(file)
                 shutil.copyfile(file, folder / file.name)
         for file in sorted((self.folder / TEMPLATE_FOLDER).glob("*.jinja")):
             (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+            check_readable(file)
             shutil.copyfile(file, folder / TEMPLATE_FOLDER / file.name)
 
 
@@ -307,6 +309,7 @@ def _load_torch_file(path: Path) -> dict[str, Tensor]:
 
     raises: CheckpointError for one that is damaged, or asks for anything but tensors of floats
     """
+    check_readable(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import tomllib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -79,29 +80,125 @@ def new_file(path: Path) -> Iterator[Path]:
     """Another name to write to, `NAME.partial`, which gives way to the file's own at the end.
 
     Private until it is whole. Where writing it fails, nothing is left, and what had the name before
-    stays. What a killed process left is written over, so one process at a time may write.
+    stays. One process at a time writes, others wait for it; what a killed one left is removed.
     """
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)  # a link there is not followed
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    with _private_file(partial):
+        try:
+            yield partial
+            partial.chmod(0o644)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _private_file(path: Path) -> Iterator[None]:
+    """Make an empty file that nobody else may read, and hold its lock."""
+    if sys.platform == "win32":  # no locks, and an open file cannot be renamed
+        path.unlink(missing_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        yield
+        return
+    while (handle := _make_locked(path)) is None:
+        _remove_left(path)
     try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        yield
+    finally:
+        os.close(handle)
 
 
-def try_lock(handle: int) -> bool | None:
+def _make_locked(path: Path) -> int | None:
+    """An open file that was not there; None where there is one."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return None
+    try_lock(handle, wait=True)
+    if _is_at(path, handle):
+        return handle
+    os.close(handle)  # it was taken for one that was left, before it was locked
+    return None
+
+
+def _remove_left(path: Path) -> None:
+    """Remove a file once nobody writes to it; where it is a link, that."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:  # a link, for one
+        path.unlink(missing_ok=True)
+        return
+    try:
+        try_lock(handle, wait=True)
+        if _is_at(path, handle):
+            path.unlink()
+    finally:
+        os.close(handle)
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether a path leads to an open file or folder."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A private folder to write into, which is removed at the end unless it was renamed.
+
+    Its lock is held meanwhile, which tells it from what killed processes left; that goes first.
+    """
+    remove_abandoned(parent, prefix)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with _locked(folder) as is_locked:
+            if is_locked is not False and folder.is_dir():  # it was not taken for one that is left
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed processes left of `new_folder`: it may be as large as a model."""
+    with contextlib.suppress(OSError):
+        for folder in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
+            with _locked(folder) as is_locked:
+                if is_locked:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Hold a folder's lock; yields what `try_lock` returns, False too where the folder is gone."""
+    if os.name != "posix":
+        yield None
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield try_lock(handle)
+    finally:
+        os.close(handle)
+
+
+def try_lock(handle: int, *, wait: bool = False) -> bool | None:
     """Lock an open file or folder until it is closed; its process's end closes it, too.
 
+    wait:    until another process lets go of it
     returns: False where another process has locked it, None where there are no locks
     """
     if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # some disks have none
@@ -130,7 +227,7 @@ class GrowingFile:
                     "another --output"
                 )
             self._end = self._file.seek(0, os.SEEK_END)
-            if self._is_in_place():
+            if self._is_as_left():
                 break
             self._file.close()  # removed by who had it, after it was opened here
         if is_locked is None:
@@ -145,7 +242,11 @@ class GrowingFile:
         return self._file.read()
 
     def cut(self, end: int) -> None:
-        """Forget what lies behind a byte."""
+        """Forget what lies behind a byte.
+
+        raises: as `append`
+        """
+        self._check()
         self._file.truncate(end)
         self._end = end
 
@@ -154,11 +255,7 @@ class GrowingFile:
 
         raises: MinifuseError where something else changed the file; OSError
         """
-        if not self._is_in_place():
-            raise MinifuseError(
-                f"{self.path} was changed or removed by something else meanwhile, and is left "
-                "alone; choose another --output"
-            )
+        self._check()
         try:
             written = 0
             while written < len(content):
@@ -170,19 +267,34 @@ class GrowingFile:
         self._end += len(content)
 
     def close(self, *, remove: bool = False) -> None:
-        """Let other processes have it; remove it first if it is to go."""
-        if remove:
-            self.path.unlink(missing_ok=True)
+        """Let other processes have it; remove it first if it is to go, and is still as it was."""
+        if remove and self._is_as_left():
+            self.path.unlink()
         self._file.close()
 
-    def _is_in_place(self) -> bool:
-        """Whether the path still leads to what was opened, as it was left."""
-        try:
-            there = self.path.stat()
-        except FileNotFoundError:
-            return False
-        is_same = os.path.samestat(there, os.fstat(self._file.fileno()))
-        return is_same and there.st_size == self._end
+    def _check(self) -> None:
+        if not self._is_as_left():
+            raise MinifuseError(
+                f"{self.path} was changed or removed by something else meanwhile, and is left "
+                "alone; choose another --output"
+            )
+
+    def _is_as_left(self) -> bool:
+        """Whether the path still leads to what was opened, and that was left alone."""
+        handle = self._file.fileno()
+        return _is_at(self.path, handle) and os.fstat(handle).st_size == self._end
+
+
+def check_readable(path: Path) -> None:
+    """Ask before a library does that takes a file which may not be read for a damaged one.
+
+    raises: CheckpointError
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def file_version(path: Path) -> tuple[int, ...]:

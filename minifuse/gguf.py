@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minifuse.config import ModelConfig
 from minifuse.errors import CheckpointError, ConfigError, one_line
-from minifuse.files import list_names, write_json
+from minifuse.files import check_readable, list_names, write_json
 from minifuse.gguf_tokenizer import read_tokenizer
 from minifuse.quantize import QuantizedTensor, join_groups
 from minifuse.rope import make_inv_freq
@@ -219,6 +219,7 @@ class _Reader(GGUFReader):
 def _open(path: Path) -> GGUFReader:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; wanted a GGUF")
+    check_readable(path)
     try:
         # Counts and lengths of a corrupt file overflow inside numpy before they are refused.
         with np.errstate(all="ignore"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from minifuse.config import WEIGHT_SIGNALS
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import GrowingFile, parse_json, write_whole
+from minifuse.files import DISK_FULL, GrowingFile, parse_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -413,9 +413,10 @@ class ResultsFile:
         try:
             yield
         except OSError as error:
+            is_full = error.errno in DISK_FULL
+            advice = "make room and run this again" if is_full else "choose another --output"
             raise MinifuseError(
-                f"cannot write {error.filename or self.path}: {error.strerror}; choose another "
-                "--output"
+                f"cannot write {error.filename or self.path}: {error.strerror}; {advice}"
             ) from None
 
 

@@ -250,7 +250,7 @@ def resolve_card(
     if isinstance(source, HubSource):
         return _resolve_hub(source, card.name, check, card.stop_tokens)
     folder = converted_folder(source.sha256, source.dtype, quantize)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         path = fetch_gguf(source, card.name)
         version = file_version(path)
         folder = _converted(path, version, source.sha256, source.dtype, check, quantize)
@@ -326,7 +326,7 @@ def _converted(
     quantize: str | None,
 ) -> Path:
     folder = converted_folder(sha256, dtype, quantize)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         checkpoint = read_gguf(path)
         own = checkpoint.own_dtype if dtype == "auto" else dtype
         check(checkpoint.config | {"torch_dtype": own})

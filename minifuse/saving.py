@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from minifuse.checkpoint import (
 )
 from minifuse.config import ModelConfig, quantization_field
 from minifuse.errors import MinifuseError, one_line
-from minifuse.files import DISK_FULL, format_bytes, try_lock, write_json
+from minifuse.files import DISK_FULL, format_bytes, new_folder, remove_abandoned, write_json
 from minifuse.quantize import QuantizedTensor
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -258,56 +257,28 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
     parents = [folder for folder in target.parents if not os.path.lexists(folder)]
     prefix = f".{target.name}.partial-"
     try:
-        if not parents:
-            _remove_abandoned(target.parent, prefix)
+        remove_abandoned(target.parent, prefix)  # it takes room
         _check_space(target, needed)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-        try:
-            with _locked(temporary):
+        with new_folder(target.parent, prefix) as temporary:
+            try:
                 yield temporary
-        except OSError as error:
-            # Before the folder goes, and leaves free what was not.
-            raise _explain(target, needed, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            except OSError as error:
+                # Before the folder goes, and leaves free what was not.
+                raise _explain(target, needed, error) from error
     except OSError as error:
         raise _explain(target, needed, error) from error
     finally:
-        if not target.is_dir():
+        if not os.path.isdir(target):
             with contextlib.suppress(OSError):
                 for folder in parents:
                     folder.rmdir()
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed processes have left of folders: they may be as large as models.
-
-    Whoever writes into one holds its lock before anything lies in it.
-    """
-    with contextlib.suppress(OSError):
-        for folder in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
-            if any(folder.iterdir()):
-                with _locked(folder) as is_locked:
-                    if is_locked:
-                        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Hold a folder's lock; yields what `try_lock` returns."""
-    if os.name != "posix":
-        yield None
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        yield try_lock(handle)
-    finally:
-        os.close(handle)
-
-
 def _explain(target: Path, needed: int, error: OSError) -> MinifuseError:
     reason = error.strerror or one_line(error)
+    if error.errno == errno.EFAULT:  # weights are written out of the file that they are mapped from
+        reason = "the weights that it is made of were cut short meanwhile; start again"
     if error.errno in DISK_FULL:
         reason += f"; its weights take {format_bytes(needed)}"
     # What a quota or a limit leaves is not what the disk has.

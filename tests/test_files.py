@@ -1,5 +1,9 @@
 """What several modules share: paths by their words, sizes in words, foreign text in one line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from minifuse import files
@@ -10,7 +14,18 @@ from minifuse.errors import (
     MinifuseError,
     one_line,
 )
-from minifuse.files import format_bytes, is_inside, new_file, read_json, read_toml, write_whole
+from minifuse.files import (
+    check_unchanged,
+    file_version,
+    format_bytes,
+    is_inside,
+    new_file,
+    new_folder,
+    read_json,
+    read_toml,
+    try_lock,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +163,80 @@ def test_what_unpacks_to_more_than_the_disk_has_is_refused(tmp_path):
     files.check_room(tmp_path / "new" / "folder", 1, "a")
     with pytest.raises(MinifuseError, match=r"a\.zip unpacks to .* GB, and the disk of .*new has"):
         files.check_room(tmp_path / "new", 2**60, "a.zip")
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from minifuse.files import write_whole
+path, letter = Path(sys.argv[1]), sys.argv[2]
+for number in range(100):
+    write_whole(path, letter * (number * 1000 + 1))
+    (found,) = set(path.read_text())
+"""
+
+
+def test_processes_that_write_one_file_take_turns(tmp_path):
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "a")]
+    processes = [
+        subprocess.Popen([*command, letter], stderr=subprocess.PIPE, text=True) for letter in "abc"
+    ]
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+    assert len((tmp_path / "a").read_text()) == 99_001
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "a.partial").write_text("half")
+    (tmp_path / "b.partial").symlink_to("theirs")
+    for name in ("a", "b"):
+        with new_file(tmp_path / name) as partial:
+            assert partial.read_text() == ""
+            assert partial.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "theirs"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
+def test_what_killed_processes_left_of_folders_goes_but_not_what_is_in_use(tmp_path):
+    for name in (".x-left", ".x-empty", ".y-other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".x-left" / "a").touch()
+    with new_folder(tmp_path, ".x-") as first:
+        assert sorted(os.listdir(tmp_path)) == sorted([first.name, ".y-other"])
+        with new_folder(tmp_path, ".x-") as second:
+            assert first.is_dir()
+            second.rename(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == [".y-other", "whole"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_a_lock_is_one_processs_until_its_file_is_closed(tmp_path):
+    with (tmp_path / "a").open("w") as first, (tmp_path / "a").open() as second:
+        assert try_lock(first.fileno())
+        assert try_lock(second.fileno()) is False
+        first.close()
+        assert try_lock(second.fileno())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_text("other"),
+        lambda path: write_whole(path, "same"),
+        lambda path: os.utime(path, ns=(0, 1)),
+        lambda path: path.unlink(),
+    ],
+    ids=["written", "replaced", "touched", "removed"],
+)
+def test_a_file_that_was_changed(change, tmp_path):
+    path = tmp_path / "a"
+    path.write_text("same")
+    version = file_version(path)
+    check_unchanged(path, version)
+    change(path)
+    with pytest.raises(CheckpointError, match="a was changed while it was read; start again"):
+        check_unchanged(path, version)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_files import make_model
 
 from minifuse.checkpoint import load_params
@@ -264,6 +265,24 @@ def test_files_that_may_not_grow(tmp_path):
     assert "free" not in result.stdout
     assert result.stdout.count("\n") == 1
     assert names(tmp_path) == []
+
+
+def test_a_source_that_is_cut_short_while_it_is_written(tmp_path):
+    """Weights go from a mapping to the disk, and where the mapping ends there is no address."""
+    path = tmp_path / "source.safetensors"
+    save_file(Source().state, path)
+
+    class Mapped(Source):
+        def tensors(self, own_int4=()):
+            with safe_open(path, "pt") as file:
+                for name in self.state:
+                    tensor = file.get_tensor(name)
+                    os.truncate(path, 0)
+                    yield name, tensor
+
+    with pytest.raises(MinifuseError, match=r"the weights that it is made of were cut short"):
+        save_folder(tmp_path / "out", Mapped(), dtype="float32")
+    assert names(tmp_path) == ["source.safetensors"]
 
 
 def test_folder_that_cannot_be_written(tmp_path):

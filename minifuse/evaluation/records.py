@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import GrowingFile, parse_json, read_json, write_json
+from minifuse.files import DISK_FULL, GrowingFile, parse_json, read_json, write_json
 
 FORMAT = 2
 CONFIG_FILE = "config.json"
@@ -81,7 +81,8 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         self._file.close(remove=has_failed)
         if has_failed:
-            self.path.rmdir()
+            with contextlib.suppress(OSError):  # something else may have put a file there
+                self.path.rmdir()
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the lines of one item, one N and one draw: all of them, or none.
@@ -142,17 +143,25 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise MinifuseError(f"{self.path} cannot be used: {error.strerror or error}") from error
+            is_full = error.errno in DISK_FULL
+            advice = "make room and go on by --resume" if is_full else "choose another --output"
+            raise MinifuseError(
+                f"{self.path} cannot be used: {error.strerror or error}; {advice}"
+            ) from error
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Config and environment of a run.
 
-    raises: UsageError where the folder is no run, or another version wrote it; CheckpointError
-            where it is damaged
+    raises: UsageError where the folder is no run, cannot be read, or another version wrote it;
+            CheckpointError where it is damaged
     """
     for name in (CONFIG_FILE, ENVIRONMENT_FILE):
-        if not (path / name).is_file():
+        try:
+            is_there = (path / name).is_file()
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        if not is_there:
             raise UsageError(f"{path} holds no run: {name} is missing; wanted a run's --output")
     config = read_json(path / CONFIG_FILE)
     _check_format(path, config)
