@@ -64,7 +64,7 @@ def _mean_attention(state: AnswerState) -> list[float]:
     streams = len(state.attention)
     weights = state.answer.weights or (1 / streams,) * streams
     means = torch.stack([attention.mean((0, 1)) for attention in state.attention])
-    return (torch.tensor(weights) @ means).tolist()
+    return (torch.tensor(weights, dtype=means.dtype) @ means).tolist()
 
 
 def attention_of_stream(

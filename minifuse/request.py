@@ -6,7 +6,7 @@ they become known; it computes nothing. The engine runs it.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TypedDict, Unpack
 
 import torch
@@ -430,19 +430,31 @@ class Job:
         return fork
 
     def measure(self, max_positions: int) -> None:
-        """Find the extent by laying out a copy to the end; nothing is computed.
+        """Find the extent by laying out copies to the end; nothing is computed.
 
         raises: UsageError where an answer needs more than `max_positions`.
+        """
+        lengths = [len(token_ids) for token_ids in self.prompt.segment_ids]
+        orders = [torch.tensor(lengths).argsort(stable=True).argsort()]
+        if self.needs_signal:
+            orders.append(torch.arange(len(lengths)))
+        each = [self._extent_with(1.0 + order, max_positions) for order in orders]
+        self.extent = Extent(*map(max, zip(*map(astuple, each), strict=True)))
+
+    def _extent_with(self, ranks: Tensor, max_positions: int) -> Extent:
+        """The extent if found weights, which are not known yet, are in this proportion.
+
+        Uneven ones share the fewest views. The longest segment as the heaviest reaches furthest,
+        wherever it stands; the last one of every count is in no other answer's place.
+
+        ranks:  f32[N], all different
+        raises: as `measure`
         """
         packed = PackedPrompt(self.prompt)
         dry = replace(self, packed=packed, weights={}, consumers={}, states={})
         dry.place_segments()
         dry.place_signal_views()
-        # Found weights are not known yet. Uneven ones share the fewest views, and the longest
-        # segment as the heaviest reaches furthest, wherever it stands.
-        lengths = torch.tensor([len(token_ids) for token_ids in self.prompt.segment_ids])
-        ranks = (1.0 + lengths.argsort(stable=True).argsort()).log()
-        dry.set_weights(math.copysign(1.0, self.plan.fusion.beta) * ranks)
+        dry.set_weights(math.copysign(1.0, self.plan.fusion.beta) * ranks.log())
         dry.place_views()
         new_tokens = max(self.plan.generation.max_new_tokens, *map(len, self.targets), 1)
         views = {dry.view(request).suffix for a in dry.answers for request in a.views}
@@ -466,7 +478,7 @@ class Job:
                 views_of_trial = {trial.view(r).suffix for a in trial.answers for r in a.views}
                 slots = max(slots, trial.packed.num_slots + len(views_of_trial) * new_tokens)
                 labels = max(labels, trial.packed.num_labels + len(views_of_trial))
-        self.extent = Extent(slots, labels, positions, len(views))
+        return Extent(slots, labels, positions, len(views))
 
 
 def make_job(

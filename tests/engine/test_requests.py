@@ -9,6 +9,7 @@ import minifuse
 from minifuse.engine import Request
 from minifuse.errors import MinifuseError, UsageError
 from minifuse.loader import load_model
+from minifuse.request import make_plan
 
 
 def bad(match, status=2, **changes):
@@ -141,6 +142,27 @@ def test_the_last_position_is_as_good_as_any(folder, truth):
     small = minifuse.Fuser(replace(model, config=config), compile=False)
     results = small.generate(**REQUEST, methods="fused", max_new_tokens=4)
     check_results(small, truth, results, REQUEST, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("beta", [1.0, -1.0])
+def test_whichever_segment_is_the_heaviest_there_is_room(fuser, beta):
+    """Room for `weighted_max` beside `origin`, which has the longest segment, and so reads it too
+    where that is the heaviest: with one sign of beta the other one is."""
+    request = {**REQUEST, "segments": [f"{REQUEST['segments'][0]} 42 3.14", "Q: Z"]}
+    options = {"methods": ["origin", "weighted_max"], "beta": beta}
+    job = fuser._make_job(Request(**request, weights="likelihood"), make_plan(**options))
+    assert job.extent.views == 2
+    fuser.generate(**request, weights="likelihood", **options, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("beta", [1.0, -1.0])
+def test_each_count_has_room_for_a_heaviest_of_its_own(fuser, beta):
+    request = Request(**{**REQUEST, "segments": ["return key value", "Q: Z", "a", "42 = Z"]})
+    options = {"methods": ["origin", "weighted_max"], "beta": beta, "max_new_tokens": 3}
+    job = fuser._make_job(request, make_plan(**options), counts=[1, 2, 3, 4])
+    assert job.extent.views == 4
+    (found,) = fuser.generate_and_score([request], [["42"]], counts=[1, 2, 3, 4], **options)
+    assert set(found[1]) == {1, 2, 3, 4}
 
 
 def test_who_is_done_makes_room(fuser, monkeypatch):
