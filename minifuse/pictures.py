@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minifuse.errors import MinifuseError
 from minifuse.executor import PREFILL_BLOCK
+from minifuse.figures import make_figure, save_figure
 from minifuse.inspection import FULL, PARTIAL, SKIPPED, AttentionOf, Inspection, Piece
 from minifuse.layout import Part
 
@@ -224,19 +224,12 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
 
     raises: MinifuseError where matplotlib is missing or the file cannot be written
     """
-    try:
-        import matplotlib.style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MinifuseError(
-            "--output needs matplotlib, which is not installed; pip install 'minifuse[eval]'"
-        ) from None
+    heights = [1.5, 6.0, *(0.9 + 0.17 * _num_rows(a) for a in inspection.attention)]
     num_rows = 1 + len(inspection.attention)
+    figure = make_figure(8.5, sum(heights) + 0.5 * num_rows, "--output")
+    import matplotlib.style
+
     with matplotlib.style.context(["default", {"font.size": 8, "text.parse_math": False}]):
-        heights = [1.5, 6.0, *(0.9 + 0.17 * _num_rows(a) for a in inspection.attention)]
-        figure = Figure((8.5, sum(heights) + 0.5 * num_rows), layout="constrained")
-        FigureCanvasAgg(figure)
         grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
         _draw_layout(figure.add_subplot(grid[0, :]), inspection)
         _draw_table(figure.add_subplot(grid[1, :]), inspection)
@@ -245,10 +238,7 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
             _draw_shares(figure.add_subplot(grid[row, 0]), found, names, found.mass.mean(0))
             layers = [f"layer {n}" for n in range(len(found.mass))]
             _draw_shares(figure.add_subplot(grid[row, 1]), found, layers, found.mass.mean(1))
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise MinifuseError(f"{path} cannot be written: {error.strerror}") from None
+        save_figure(figure, path)
 
 
 def _num_rows(found: AttentionOf) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minifuse.errors import MinifuseError
+from minifuse.figures import make_figure, save_figure
 from minifuse.files import format_bytes
 from minifuse.warmup import name_graph
 
@@ -138,23 +138,12 @@ def plot_profile(report: dict, path: Path) -> None:
 
     raises: MinifuseError where matplotlib is missing or the file cannot be written
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MinifuseError(
-            "--plot needs matplotlib, which is not installed; pip install 'minifuse[eval]'"
-        ) from None
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(9, 6.4, "--plot")
     upper, lower = figure.subplots(2, 1, height_ratios=(1, 1.3))
     _draw_timeline(upper, report["timeline"])
     _draw_contexts(lower, report)
     figure.suptitle(format_conditions(report), fontsize=8, x=0.01, ha="left")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise MinifuseError(f"{path} cannot be written: {error.strerror}") from None
+    save_figure(figure, path)
 
 
 def bars_of(timeline: list[dict]) -> list[tuple[str, float, float]]:

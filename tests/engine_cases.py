@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference import METHODS, WEIGHTED, Case, count_near_ties, near_tie
 from tiny_files import make_model
 
-from minifuse.executor import count_compiled_graphs
+from minifuse import engine
+from minifuse.executor import Executor, count_compiled_graphs
 from minifuse.layout import Encoding, PackedPrompt, Prompt
 from minifuse.linear import PackedWeight, dequantize
 from minifuse.pool import LABEL_COUNTS, Need, Size
@@ -228,3 +229,31 @@ def segment_hidden(fuser, case, index) -> torch.Tensor:
         (hidden,) = executor.prefill(pool, [(lease, tokens_of(spans))])
     start = sum(len(span.token_ids) for span in spans[: spans.index(wanted)])
     return hidden[start : start + len(wanted.token_ids)]
+
+
+def keep_a_stale_slot(fuser, monkeypatch):
+    """A fault: after a step the first request's newest key is the one that lay there before."""
+    decode = Executor.decode
+
+    def forget_a_key(self, own, groups):
+        if not all(0 < len(tokens) < 8 for _, tokens in groups):
+            return decode(self, own, groups)
+        (lease, tokens), *_ = groups
+        slot = lease.slots[tokens[-1].slot]
+        before = [keys[:, :, slot].clone() for keys in own.cache.keys]
+        logits = decode(self, own, groups)
+        for keys, key in zip(own.cache.keys, before, strict=True):
+            keys[:, :, slot] = key
+        return logits
+
+    monkeypatch.setattr(Executor, "decode", forget_a_key)
+
+
+def lose_a_stored_prefix(fuser, monkeypatch):
+    """A fault: a prefix that was stored comes back as zeros."""
+
+    def write_zeros(cache, slots, stored):
+        for layer in cache.keys:
+            layer[:, :, slots] = 0
+
+    monkeypatch.setattr(engine, "write_slots", write_zeros)

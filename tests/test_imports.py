@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     errors config command files wheels hub cards
     layout lint methods
-    rope cache linear model dense definition diagnosis attention_mass masks memory pool
+    rope cache linear model dense definition diagnosis attention_mass masks memory pool figures
     stages precompiled tokenizer sandbox chat quantize checkpoint saving gguf_tokenizer gguf
     loader convert
     normalize results sampling

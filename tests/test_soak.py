@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from engine_cases import make_sharp_model
+from engine_cases import keep_a_stale_slot, lose_a_stored_prefix, make_sharp_model
 from tiny_files import write_hub_folder
 
 import minifuse
-from minifuse import engine, pool
+from minifuse import pool
 from minifuse.config import GenerationConfig
 from minifuse.definition import METHODS
 from minifuse.executor import Executor
@@ -89,32 +89,6 @@ def shift_a_bias(fuser, monkeypatch):
         write(self, others)
 
     monkeypatch.setattr(pool.Pool, "write_rules", write_other)
-
-
-def keep_a_stale_slot(fuser, monkeypatch):
-    """After a step, the newest key of the first request is the one that lay there before."""
-    decode = Executor.decode
-
-    def forget_a_key(self, own, groups):
-        if not all(tokens for _, tokens in groups):
-            return decode(self, own, groups)
-        lease, tokens = groups[0]
-        slot = lease.slots[tokens[-1].slot]
-        before = [keys[:, :, slot].clone() for keys in own.cache.keys]
-        logits = decode(self, own, groups)
-        for keys, key in zip(own.cache.keys, before, strict=True):
-            keys[:, :, slot] = key
-        return logits
-
-    monkeypatch.setattr(Executor, "decode", forget_a_key)
-
-
-def lose_a_stored_prefix(fuser, monkeypatch):
-    def write_zeros(cache, slots, stored):
-        for layer in cache.keys:
-            layer[:, :, slots] = 0
-
-    monkeypatch.setattr(engine, "write_slots", write_zeros)
 
 
 def pick_with(change):

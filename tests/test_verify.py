@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_cases import make_sharp_model
+from engine_cases import keep_a_stale_slot, lose_a_stored_prefix, make_sharp_model
 from tiny_files import CONTROLS, write_hub_folder
 
 import minifuse
-from minifuse import engine, pool, prefill, scoring
+from minifuse import pool, prefill, scoring
 from minifuse.checks import CHECKS, Bench, run_checks
 from minifuse.executor import Executor
 from minifuse.methods import Reduction
@@ -120,32 +120,6 @@ def sharpen_means(fuser, monkeypatch):
         return reduce(1.1 * logits if is_mean else logits, reduction, weights)
 
     monkeypatch.setattr(scoring, "reduce_logits", reduce_other)
-
-
-def keep_a_stale_slot(fuser, monkeypatch):
-    """After a step, the newest key is the one that lay there before."""
-    decode = Executor.decode
-
-    def forget_a_key(self, own, groups):
-        is_step = all(len(tokens) < 8 for _, tokens in groups)
-        (lease, tokens), *_ = groups
-        slot = lease.slots[tokens[-1].slot]
-        before = [keys[:, :, slot].clone() for keys in own.cache.keys]
-        logits = decode(self, own, groups)
-        if is_step:
-            for keys, key in zip(own.cache.keys, before, strict=True):
-                keys[:, :, slot] = key
-        return logits
-
-    monkeypatch.setattr(Executor, "decode", forget_a_key)
-
-
-def lose_a_stored_prefix(fuser, monkeypatch):
-    def write_zeros(cache, slots, stored):
-        for layer in cache.keys:
-            layer[:, :, slots] = 0
-
-    monkeypatch.setattr(engine, "write_slots", write_zeros)
 
 
 def mix_requests_up(fuser, monkeypatch):
