@@ -1,9 +1,9 @@
 # make demo: answer a real question.  make test: run everything in a fresh environment.
-# make coverage: measure what the tests run.
+# make coverage: measure what the tests run.  make wheel: build and use it as users would.
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test coverage clean
+.PHONY: demo test coverage wheel clean
 
 demo: .venv/installed
 	.venv/bin/python -m minifuse.generate --method origin,logit_avg,fused \
@@ -38,5 +38,20 @@ coverage:
 	.venv-test/bin/coverage combine --quiet
 	.venv-test/bin/coverage report
 
+# The wheel as users have it: installed into an environment of its own, run in an empty folder.
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python $(PIP_INSTALL) "$$(echo dist/minifuse-*.whl)[eval]"
+	cd "$$(mktemp -d)" && PYTHON=$(CURDIR)/.venv-wheel/bin/python && set -ex && \
+	  $$PYTHON -m minifuse.generate --no-compile --method all --max-new-tokens 4 \
+	    "What is the capital of France?" "Which city is the capital of France?" && \
+	  $$PYTHON -m minifuse.inspect --no-compile --output picture.svg "Who wrote Hamlet?" "Hamlet is by" && \
+	  $$PYTHON -m minifuse.evaluate --no-compile --dataset $(CURDIR)/examples/questions.jsonl \
+	    --limit 2 --shots 1 --paraphrases 2 --methods fused,logit_avg --max-new-tokens 3 --output run && \
+	  $$PYTHON -m minifuse.tools.convert_weights smollm2-135m-instruct-q4_1 converted --quantize int8 && \
+	  ls run converted picture.svg
+
 clean:
-	rm -rf .venv .venv-test
+	rm -rf .venv .venv-test .venv-wheel dist
