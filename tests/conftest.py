@@ -64,6 +64,13 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def single_layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The least that can be compiled, for tests that compile several times."""
+    model = make_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
+    return write_hub_folder(tmp_path_factory.mktemp("tiny") / "single", model)
+
+
+@pytest.fixture(scope="session")
 def default_fuser() -> "minifuse.Fuser":
     """The default model in float32, compiled."""
     return minifuse.load(dtype="float32")

@@ -380,8 +380,8 @@ def test_the_command_prints_a_table_and_one_json_line(tiny_llama_folder, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_compiled_profile_knows_its_graphs(tiny_llama_folder, capsys):
-    argv = ["--model", str(tiny_llama_folder), "--repeats=1", "--contexts=40", "--compile-times"]
+def test_a_compiled_profile_knows_its_graphs(single_layer_folder, capsys):
+    argv = ["--model", str(single_layer_folder), "--repeats=1", "--contexts=40", "--compile-times"]
     argv += ["--segments=2", "--prefix-tokens=10", "--segment-tokens=4", "--new-tokens=3"]
     assert main(argv) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

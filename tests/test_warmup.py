@@ -220,8 +220,8 @@ def run_warmup(cache: Path, *argv: str | Path) -> dict:
 
 
 @pytest.mark.slow
-def test_loaded_artifacts_leave_nothing_to_compile(tiny_llama_folder, tmp_path):
-    argv = ("--model", tiny_llama_folder, "--prefix-tokens", "20", "--segments", "2")
+def test_loaded_artifacts_leave_nothing_to_compile(single_layer_folder, tmp_path):
+    argv = ("--model", single_layer_folder, "--prefix-tokens", "20", "--segments", "2")
     path = tmp_path / "tiny.artifacts"
     first = run_warmup(tmp_path / "one", *argv, "--save", path)
     assert [graph["key"]["kind"] for graph in first["graphs"]] == ["prefill", "decode"]

@@ -46,8 +46,7 @@ def test_a_request_beyond_memory_is_an_error_with_both_numbers(fuser):
         assert error.value.exit_status == 1
 
 
-@pytest.mark.parametrize("method", ["origin", "logit_avg"])
-def test_no_more_is_taken_than_planned(fuser, monkeypatch, method):
+def test_no_more_is_taken_than_planned(fuser, monkeypatch):
     """Nor is far more planned than taken: what fits is run."""
     planned = []
     bytes_for = engine.Fuser._bytes_for
@@ -55,13 +54,13 @@ def test_no_more_is_taken_than_planned(fuser, monkeypatch, method):
         engine.Fuser, "_bytes_for", lambda *args: planned.append(bytes_for(*args)) or planned[-1]
     )
     long = with_context(fuser, 10**5)
-    request = {"segments": ["word " * 1000, "other " * 900], "prefix": "a prefix " * 1000}
+    request = {"segments": ["word " * 400, "other " * 300], "prefix": "a prefix " * 300}
     forget_peak()
     before = peak_bytes()
-    long.generate(**request, suffix=" Z", methods=method, max_new_tokens=2)
+    long.generate(**request, suffix=" Z", methods="logit_avg", max_new_tokens=2)
     taken = peak_bytes() - before
     assert len(planned) == 1
-    assert planned[0] > 2e8
+    assert planned[0] > 1e8
     assert planned[0] / 4 < taken < planned[0]
 
 
