@@ -32,6 +32,9 @@ def warm_up(fuser: Fuser, sizes: Sequence[Size]) -> None:
     for size in sizes:
         blocks = executor._blocks_of("decode", size)
         with executor.pool(size) as pool:
+            # Pages of a new cache count as memory once they are written.
+            for layer in (*pool.cache.keys, *pool.cache.values):
+                layer.zero_()
             lease = Lease([0], [0], inv_freq)
             for count in PREFILL_SIZES:
                 executor.prefill(pool, [(lease, [PADDING] * count)])
@@ -67,7 +70,7 @@ def soak(
             checker = open_checker(family, report)
             report.tolerances[checker.fuser.model.name] = checker.tolerance
             watch = checker.watch
-            if checker.fuser.executor.is_compiled and not is_single:
+            if not is_single:
                 warm_up(checker.fuser, sizes)
             models[family] = checker, watch
         for _, watch in models.values():
