@@ -6,6 +6,8 @@ After the warm-up nothing may compile, all slots and labels come back, and memor
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+import torch
+
 from minifuse.answers import Results
 from minifuse.checks import flat
 from minifuse.engine import Fuser
@@ -25,6 +27,7 @@ WARM_SHARE = 0.25
 WARM_REQUESTS = 100
 
 
+@torch.inference_mode()
 def warm_up(fuser: Fuser, sizes: Sequence[Size]) -> None:
     """Get every graph ready that pools of these sizes need."""
     executor = fuser.executor
