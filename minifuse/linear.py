@@ -96,6 +96,20 @@ def _is_reduction(rows: Tensor) -> bool:
     return is_compiled and rows.shape[0] <= REDUCTION_ROWS
 
 
+def product_rows(live: int) -> int:
+    """How many rows a product with floats takes where so many are wanted: up to an eighth more, or
+    the next multiple of 4.
+
+    oneDNN generates code for every number of rows, in a millisecond, and torch keeps what it made
+    for the last 1,024 shapes, 0.7 MB each (docs/hardening.md). So there are few numbers: eight from
+    one power of two to the next.
+    """
+    if not HAS_ONEDNN:
+        return live
+    step = max(4, (1 << max(live - 1, 0).bit_length()) // 16)
+    return -(-live // step) * step
+
+
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What to compute in: float32 for bfloat16 on a CPU without instructions for it."""
     is_slow = dtype == torch.bfloat16 and device.type == "cpu" and not HAS_BF16_PRODUCTS
@@ -181,8 +195,8 @@ _LIBRARY.define("split_scales(Tensor scales, int half_rows) -> (Tensor, Tensor)"
 
 @torch.library.impl(_LIBRARY, "live_linear", "CPU")
 def _live_linear(x: Tensor, weight: Tensor, live: Tensor) -> Tensor:
-    """float[M, in], float[out, in] -> float[M, out], zeros from row `live` on."""
-    wanted = x[: int(live)]
+    """float[M, in], float[out, in] -> float[M, out], zeros behind `product_rows` of `live`."""
+    wanted = x[: product_rows(int(live))]
     if x.dtype == torch.float32 and HAS_ONEDNN:
         # oneDNN; a plain product is MKL's, which takes up to twice the time on AMD's processors.
         y = torch.ops.mkldnn._linear_pointwise(wanted, weight, None, "none", [], "")

@@ -1,7 +1,10 @@
 """Products with floats and quantized weights, each way of them against the slow twin."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import reference
@@ -9,8 +12,9 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from minifuse.executor import CPU_OPTIONS
+from minifuse.executor import CPU_OPTIONS, PREFILL_SIZES
 from minifuse.linear import (
+    HAS_ONEDNN,
     INT4_KERNEL_ROWS,
     INT8_KERNEL_ROWS,
     REDUCTION_ROWS,
@@ -19,6 +23,7 @@ from minifuse.linear import (
     dequantize,
     embed,
     linear,
+    product_rows,
 )
 from minifuse.model import rms_norm
 from minifuse.quantize import QuantizedTensor, pack, quantize_weight
@@ -124,7 +129,7 @@ def test_a_few_rows_are_one_loop_over_the_weight(dtype, count):
 )
 def test_live_rows_alone(kind, dtype, count, is_compiled):
     """Padding is not multiplied, NaN in it would come out again; but for a reduction, which takes
-    no longer with it."""
+    no longer with it, and for the few rows that make a number of rows a round one."""
     weight, exact = make_weight(kind, dtype=dtype)
     bias = torch.randn(len(exact)).to(dtype)
     run = linear
@@ -135,15 +140,54 @@ def test_live_rows_alone(kind, dtype, count, is_compiled):
     for live in (1, count - 3, count):
         x = torch.randn(1, count, WIDTH).to(dtype)
         is_reduction = kind == "float" and is_compiled and count <= REDUCTION_ROWS
-        x[:, live:] = 1e30 if is_reduction else torch.nan
+        limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
+        is_kernel = count <= limit
+        x[:, live:] = 1e30
+        if not is_reduction:
+            x[:, live if is_kernel else product_rows(live) :] = torch.nan
         y = run(x, weight, bias, torch.tensor(live))
         assert y.shape == (1, count, len(exact))
-        limit = {"int4": INT4_KERNEL_ROWS, "int8": INT8_KERNEL_ROWS}.get(kind, 0)
-        is_rounded = kind != "float" and count > limit
+        is_rounded = kind != "float" and not is_kernel
         check_product(y[:, :live], x[:, :live], exact, bias, is_rounded)
         assert y.isfinite().all()
     if is_compiled:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_numbers_of_rows():
+    """Few, since each stays in memory; and not many more than wanted."""
+    counts = [product_rows(live) for live in range(PREFILL_SIZES[-1] + 1)]
+    if not HAS_ONEDNN:
+        assert counts == list(range(len(counts)))
+        return
+    assert len(set(counts)) == 41
+    assert counts == sorted(counts)
+    assert set(PREFILL_SIZES) <= set(counts)
+    assert all(live <= count < max(live + 4, live * 1.125) for live, count in enumerate(counts))
+
+
+# Run alone, since what other tests made would be kept as well.
+GROWS = """
+import torch
+from minifuse.linear import linear
+from minifuse.soak.watch import resident_bytes
+
+x, weight = torch.randn(512, 64), torch.randn(256, 64)
+linear(x, weight, None, torch.tensor(512))
+before = resident_bytes()
+for live in range(1, 513):
+    linear(x, weight, None, torch.tensor(live))
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_products():
+    """All numbers of rows took 336 MB where each had a shape of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", GROWS]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert int(done.stdout) < 64 << 20
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

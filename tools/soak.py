@@ -12,7 +12,6 @@ request of a batch is held to itself alone. The last line printed is one JSON ob
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -64,8 +63,6 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(f"--model {TINY} is in float32; leave out --dtype and --quantize")
     from tqdm import tqdm
 
-    # oneDNN keeps the kernels of a thousand shapes, which would look like memory that leaks.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
     from minifuse.soak.calls import FAMILIES, SIZES
     from minifuse.soak.judges import Alone, Checker, Report
     from minifuse.soak.running import open_tiny, soak

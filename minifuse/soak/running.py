@@ -13,6 +13,7 @@ from minifuse.checks import flat
 from minifuse.engine import Fuser
 from minifuse.errors import MinifuseError
 from minifuse.executor import MAX_DECODE_TOKENS, PADDING, PREFILL_SIZES
+from minifuse.linear import product_rows
 from minifuse.pool import Lease, Size
 from minifuse.results import StreamEvent
 from minifuse.soak.calls import FAMILIES, SIZES, Call, draw_call, fit_call, make_tiny
@@ -29,7 +30,7 @@ WARM_REQUESTS = 100
 
 @torch.inference_mode()
 def warm_up(fuser: Fuser, sizes: Sequence[Size]) -> None:
-    """Get every graph ready that pools of these sizes need."""
+    """Get every graph ready that pools of these sizes need, and every product's code."""
     executor = fuser.executor
     inv_freq = executor.make_inv_freq(fuser.model.config.rope_length(1))
     for size in sizes:
@@ -39,10 +40,9 @@ def warm_up(fuser: Fuser, sizes: Sequence[Size]) -> None:
             for layer in (*pool.cache.keys, *pool.cache.values):
                 layer.zero_()
             lease = Lease([0], [0], inv_freq)
-            for count in PREFILL_SIZES:
+            for count in {*PREFILL_SIZES, *map(product_rows, range(1, PREFILL_SIZES[-1]))}:
                 executor.prefill(pool, [(lease, [PADDING] * count)])
-            for count in blocks:
-                assert count <= MAX_DECODE_TOKENS
+            for count in {*blocks, *map(product_rows, range(1, MAX_DECODE_TOKENS))}:
                 executor.decode(pool, [(lease, [PADDING] * count)])
 
 
