@@ -230,12 +230,15 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
             there = file.schema_arrow.names
             _check_names(path, there)
             wanted = [name for name in dict.fromkeys(columns) if name in there]
-            _check_unpacked(path, file.metadata)
-            for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+            batch_rows = _rows_that_fit(path, file.metadata)
+            for batch in file.iter_batches(batch_rows, columns=wanted):
                 # Unchecked, offsets of a damaged file lead out of memory.
                 batch.validate(full=True)
+                plain = [_decoded(batch.column(name)) for name in wanted]
+                size = sum(column.nbytes for column in plain)
+                _check_memory(f"{path}, from row {number + 1} on,", size)
                 # Lists of columns, since a dictionary a row would take most of the time.
-                lists = [batch.column(name).to_pylist() for name in wanted]
+                lists = [column.to_pylist() for column in plain]
                 for place in range(batch.num_rows):
                     number += 1
                     values = {name: cells[place] for name, cells in zip(wanted, lists, strict=True)}
@@ -245,17 +248,32 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
         raise UsageError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
-def _check_unpacked(path: Path, metadata: Any) -> None:
-    """Compare with the free memory what the largest group of rows says that it unpacks to.
+def _decoded(column: Any) -> Any:
+    """The column as it is in memory when each row has its own value."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+
+
+def _rows_that_fit(path: Path, metadata: Any) -> int:
+    """Rows that fit into a fourth of the free memory, even where they share one long text.
+
+    raises: UsageError if the largest group of rows says that it unpacks to more than is free
+    """
+    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    largest = max(groups, default=0)
+    _check_memory(f"{path} has a group of rows that", largest)
+    return min(_BATCH_ROWS, max(1, free_host_memory() // (4 * max(largest, 1))))
+
+
+def _check_memory(what: str, size: int) -> None:
+    """Rows that were read before are still held: with each batch less is free.
 
     raises: UsageError
     """
-    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    largest, free = max(groups, default=0), free_host_memory()
-    if largest > free:
+    free = free_host_memory()
+    if size > free:
         raise UsageError(
-            f"{path} has a group of rows that unpacks to {format_bytes(largest)}, and "
-            f"{format_bytes(free)} of memory are free; write it with smaller groups"
+            f"{what} unpacks to {format_bytes(size)}, and {format_bytes(free)} of memory are free; "
+            "write it with smaller groups, or shorter texts"
         )
 
 
