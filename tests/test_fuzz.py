@@ -5,7 +5,8 @@ import warnings
 import pytest
 from fuzz.checking import Fault, check
 from fuzz.guided import Choices
-from fuzz.targets import TARGETS, Target
+from fuzz.target import Target
+from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings, strategies
 
 from minifuse.errors import MinifuseError

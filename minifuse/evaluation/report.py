@@ -134,7 +134,7 @@ def write_report(
         write_whole(Path(path), page, errors="replace")
     except OSError as error:
         raise MinifuseError(
-            f"cannot write {path}: {error.strerror}; choose another --output"
+            f"{path} cannot be written: {error.strerror}; make room or choose another --output"
         ) from None
 
 

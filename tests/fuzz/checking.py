@@ -14,7 +14,7 @@ from types import FrameType
 
 from minifuse.errors import MAX_MESSAGE_CHARS, MinifuseError
 
-from .targets import Files, Target
+from .target import Files, Target
 
 # One input takes milliseconds, and no more memory than the files of a tiny model.
 CPU_SECONDS = 10
