@@ -75,7 +75,7 @@ def run_guided(
             os._exit(status)  # libFuzzer would end it as well, without a last word of ours
 
     options = [f"-seed={seed + 1}", f"-max_len={MAX_BYTES}", "-len_control=0", "-verbosity=0"]
-    # Time and memory of an input are looked at elsewhere: the longest time that it takes is far off.
+    # `check` looks at time and memory itself; a timeout of 0 would be one.
     options += ["-rss_limit_mb=0", f"-timeout={2**20}"]
     atheris.Setup(["tests.fuzz", *options], try_one)
     atheris.Fuzz()
