@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 from fuzz.checking import Fault, check
-from fuzz.guided import Choices
 from fuzz.target import Target
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings, strategies
@@ -29,16 +28,6 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
         check(target, files, workplace)
 
     run()
-
-
-def test_bytes_spell_choices_as_long_as_they_last():
-    spelled = Choices(bytes([2, 0, 200]))
-    assert [spelled.choice("abcd"), spelled.choice("abcd")] == ["c", "a"]
-    assert spelled.getrandbits(8) == 200
-    # Bytes that always spelled the same would end no loop that waits for another choice.
-    assert len({spelled.randint(0, 2**30) for _ in range(10)}) > 1
-    assert Choices(b"").random() == Choices(b"").random()
-    assert Choices(bytes(range(8))).random() != Choices(bytes(range(1, 9))).random()
 
 
 def raise_(error):

@@ -21,7 +21,7 @@ from minifuse.soak.judges import Checker, Definition, Report
 from minifuse.soak.watch import Watch, growth_of, resident_bytes
 
 # What memory may grow by over all calls behind the warm-up, by a line through what is resident.
-GROWTH_BYTES = 32 << 20
+GROWTH_BYTES = 16 << 20
 # Requests before memory is looked at: this share of all, and so many at least, while torch's own
 # caches fill.
 WARM_SHARE = 0.25

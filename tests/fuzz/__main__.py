@@ -2,7 +2,6 @@
 
 python -m tests.fuzz --examples 20000
 python -m tests.fuzz --examples 500 --target gguf --target tokenizer --seed 7
-python -m tests.fuzz --examples 20000 --guided
 
 Where an input brings out a fault, the target ends, the input is kept in a folder under `--found`,
 and the command ends with status 1. The last line is one JSON object.
@@ -17,13 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from random import Random
-
-from .guided import instrumented, run_guided
 
 TESTS = Path(__file__).resolve().parents[1]
 # A whole input, on the clock; what takes longer hangs in code that is not Python.
@@ -39,7 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target", action="append", metavar="NAME", help="default: all")
     add("--seed", type=int, default=0, help="default: 0")
     add("--found", type=Path, default=Path("fuzz-found"), help="where inputs are kept")
-    add("--guided", action="store_true", help="by coverage; takes atheris (the extra `fuzz`)")
     add("--here", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -73,7 +66,7 @@ def _run_apart(name: str, args: argparse.Namespace) -> dict:
     """A target in another process: what kills that one is a fault of the target alone."""
     command = [sys.executable, "-m", "tests.fuzz", "--here", "--target", name]
     command += ["--examples", str(args.examples), "--seed", str(args.seed)]
-    command += ["--found", str(args.found), *(["--guided"] if args.guided else [])]
+    command += ["--found", str(args.found)]
     start = time.monotonic()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent, check=False)
     with contextlib.suppress(ValueError, IndexError):
@@ -87,11 +80,11 @@ def _run_apart(name: str, args: argparse.Namespace) -> dict:
 
 
 def _run_here(name: str, args: argparse.Namespace) -> int:
+    from hypothesis import HealthCheck, Phase, given, seed, settings, strategies
     from tqdm import tqdm
 
-    with instrumented() if args.guided else contextlib.nullcontext():
-        from .checking import check
-        from .targets import TARGETS
+    from .checking import check
+    from .targets import TARGETS
 
     target = TARGETS[name]
     outcomes: Counter[str] = Counter()
@@ -100,9 +93,19 @@ def _run_here(name: str, args: argparse.Namespace) -> int:
     # Here lies the input of a process that died.
     workplace = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     last: dict[str, bytes] = {}
-    start = time.monotonic()
 
-    def one(files: dict[str, bytes]) -> None:
+    @seed(args.seed)
+    @settings(
+        max_examples=num_examples,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    # Seeds alone are hypothesis' own choices: it takes some ten times longer over every one.
+    @given(strategies.randoms(use_true_random=True).map(target.files))
+    def run(files: dict[str, bytes]) -> None:
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         try:
             outcome = check(target, files, workplace)
@@ -116,65 +119,34 @@ def _run_here(name: str, args: argparse.Namespace) -> int:
             outcomes[outcome] += 1
             bar.update()
 
-    def end(error: BaseException | None) -> int:
-        bar.close()
-        shutil.rmtree(workplace)
-        if error is not None:
-            kept = args.found / name
-            kept.mkdir(parents=True, exist_ok=True)
-            for file_name, content in last.items():
-                (kept / file_name).write_bytes(content)
-            traceback.print_exception(error)
-            print(f"{name}: {type(error).__name__}, its input is in {kept}", file=sys.stderr)
-        result = {
-            "target": name,
-            "inputs": sum(outcomes.values()),
-            "read": outcomes["read"],
-            "refused": sum(n for key, n in outcomes.items() if key.endswith("Error")),
-            "faults": int(error is not None),
-            "seconds": round(time.monotonic() - start, 1),
-            "outcomes": dict(outcomes),
-        }
-        print(json.dumps(result))
-        return int(error is not None)
-
-    if args.guided:
-        run_guided(lambda pick: one(target.files(pick)), end, runs=num_examples, seed=args.seed)
-    run = _drawn(target.files, one, num_examples, args.seed)
+    start, faults = time.monotonic(), 0
     try:
         run()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        return end(error)
-    return end(None)
+        faults = 1
+        kept = args.found / name
+        kept.mkdir(parents=True, exist_ok=True)
+        for file_name, content in last.items():
+            (kept / file_name).write_bytes(content)
+        import traceback
 
-
-def _drawn(
-    files: Callable[[Random], dict[str, bytes]],
-    one: Callable[[dict[str, bytes]], None],
-    num_examples: int,
-    seed: int,
-) -> Callable[[], None]:
-    """So many inputs, as hypothesis draws them."""
-    import hypothesis
-    from hypothesis import strategies
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=num_examples,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-        report_multiple_bugs=False,
-    )
-    # Seeds alone are hypothesis' own choices: it takes some ten times longer over every one.
-    @hypothesis.given(strategies.randoms(use_true_random=True).map(files))
-    def run(drawn: dict[str, bytes]) -> None:
-        one(drawn)
-
-    return run
+        traceback.print_exception(error)
+        print(f"{name}: {type(error).__name__}, its input is in {kept}", file=sys.stderr)
+    bar.close()
+    shutil.rmtree(workplace)
+    result = {
+        "target": name,
+        "inputs": sum(outcomes.values()),
+        "read": outcomes["read"],
+        "refused": sum(n for key, n in outcomes.items() if key.endswith("Error")),
+        "faults": faults,
+        "seconds": round(time.monotonic() - start, 1),
+        "outcomes": dict(outcomes),
+    }
+    print(json.dumps(result))
+    return faults
 
 
 if __name__ == "__main__":
