@@ -14,7 +14,7 @@ log-probabilities, in nats; of several distributions the largest.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
@@ -30,11 +30,12 @@ from minifuse.config import ModelConfig
 from minifuse.dense import Passage, fused_passage, plain_passage, read_logits, run_passages
 from minifuse.diagnosis import named_weights, widen
 from minifuse.engine import Fuser
-from minifuse.errors import MinifuseError, UsageError
+from minifuse.errors import MinifuseError, UsageError, one_line
 from minifuse.executor import count_compiled_graphs
 from minifuse.files import read_json
 from minifuse.layout import Prompt
 from minifuse.methods import FusionMethod
+from minifuse.recompiles import count_graph_breaks
 from minifuse.request import Request, encode_prompt
 from minifuse.results import Generation
 
@@ -96,14 +97,15 @@ class Finding:
     is_passed: None where it could not be run; `note` says why
     measured, tolerance: in `unit`; None where nothing was
     note:      what was compared, what the tolerance is made of, what is wrong
+    name, seconds: of the check, by `run_checks`
     """
 
-    name: str
     is_passed: bool | None
     measured: float | None = None
     tolerance: float | None = None
     unit: str = ""
     note: str = ""
+    name: str = ""
     seconds: float = 0.0
 
     def to_json(self) -> dict:
@@ -216,11 +218,10 @@ class Bench:
             [request], methods=methods, max_new_tokens=NEW_TOKENS, stop=()
         )[0]
 
-    def compare(self, name: str, measured: float, what: str) -> Finding:
+    def compare(self, measured: float, what: str) -> Finding:
         """A finding about distributions."""
         is_passed = measured <= self.tolerance
-        note = f"{what}; {self.derivation}"
-        return Finding(name, is_passed, measured, self.tolerance, "nats", note)
+        return Finding(is_passed, measured, self.tolerance, "nats", f"{what}; {self.derivation}")
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -280,16 +281,14 @@ def check_weights(bench: Bench) -> Finding:
         elif other:
             wrong.append(f"{name} differs from its file in {other} values")
     note = "; ".join(wrong[:MAX_NAMED]) or "finite, shaped as the config says, as in the files"
-    return Finding("weights", not wrong, values, 0, "other values", note)
+    return Finding(not wrong, values, 0, "other values", note)
 
 
 def check_plain_prompt(bench: Bench) -> Finding:
     """The engine's decoder is the definition's."""
     (truth, *_) = bench.truth
     (found,) = flat(bench.ask(methods=["origin"]))
-    return bench.compare(
-        "plain decoding", distance(found, truth), "one prompt, dense twin in float64"
-    )
+    return bench.compare(distance(found, truth), "one prompt, dense twin in float64")
 
 
 def check_isolation(bench: Bench) -> Finding:
@@ -300,7 +299,7 @@ def check_isolation(bench: Bench) -> Finding:
         others = [*OTHER_SEGMENTS[:index], text, *OTHER_SEGMENTS[index + 1 :]]
         changed = flat(bench.ask(replace(REQUEST, segments=others), ["per_prompt"]))
         gaps.append(distance(changed[index], found[index]))
-    return bench.compare("segments isolated", max(gaps), "each segment beside other ones")
+    return bench.compare(max(gaps), "each segment beside other ones")
 
 
 def check_one_segment(bench: Bench) -> Finding:
@@ -311,16 +310,13 @@ def check_one_segment(bench: Bench) -> Finding:
         for method, own in found.items()
     }
     worst = max(gaps, key=gaps.__getitem__)
-    return bench.compare(
-        "one segment is plain decoding", gaps[worst], f"every method, {worst} the furthest"
-    )
+    return bench.compare(gaps[worst], f"every method, {worst} the furthest")
 
 
 def check_streams(bench: Bench) -> Finding:
     """Each single-segment stream is that prompt alone."""
     found = flat(bench.ask(methods=["per_prompt"]))
     return bench.compare(
-        "streams are prompts alone",
         max(map(distance, found, bench.truth)),
         "each prompt, dense twin",
     )
@@ -343,16 +339,14 @@ def check_fused(bench: Bench) -> Finding:
     ]
     truth = bench.twin.distributions(passages, count)
     found = [flat(bench.ask(methods=["fused"], positions=name))[0] for name in POSITIONS]
-    return bench.compare(
-        "fused is as defined", max(map(distance, found, truth)), "aligned and restart, dense twin"
-    )
+    return bench.compare(max(map(distance, found, truth)), "aligned and restart, dense twin")
 
 
 def check_copies(bench: Bench) -> Finding:
     """Copies of a segment weigh as one."""
     one = bench.ask(replace(REQUEST, segments=REQUEST.segments[:1]), ["fused"])
     many = bench.ask(replace(REQUEST, segments=[REQUEST.segments[0]] * 3), ["fused"])
-    return bench.compare("copies weigh as one", furthest(one, many), "fused, 3 copies against 1")
+    return bench.compare(furthest(one, many), "fused, 3 copies against 1")
 
 
 def check_order(bench: Bench) -> Finding:
@@ -364,7 +358,7 @@ def check_order(bench: Bench) -> Finding:
         segments = (*REQUEST.segments[shift:], *REQUEST.segments[:shift])
         turned = replace(REQUEST, segments=segments, weights=weights[shift:] + weights[:shift])
         gaps.append(furthest(bench.ask(turned, SYMMETRIC), first))
-    return bench.compare("order changes nothing", max(gaps), f"{len(SYMMETRIC)} methods, all turns")
+    return bench.compare(max(gaps), f"{len(SYMMETRIC)} methods, all turns")
 
 
 def check_cached(bench: Bench) -> Finding:
@@ -381,7 +375,7 @@ def check_cached(bench: Bench) -> Finding:
         own = torch.tensor(answer.logprobs, device=logprobs.device)
         behind = float((logprobs.amax(-1) - again).max()) / 2  # both may be off
         worst = max(worst, float((again - own).abs().max()), behind)
-    return bench.compare("cached is uncached", worst, f"{len(flat(answers))} answers, step by step")
+    return bench.compare(worst, f"{len(flat(answers))} answers, step by step")
 
 
 def check_compiled(bench: Bench) -> Finding:
@@ -390,7 +384,7 @@ def check_compiled(bench: Bench) -> Finding:
         raise Skipped("nothing is compiled (--no-compile)")
     eager = Fuser(bench.fuser.model, compile=False)
     gap = furthest(bench.ask(fuser=eager), bench.ask())
-    return bench.compare("compiled is eager", gap, f"{len(ALL)} methods")
+    return bench.compare(gap, f"{len(ALL)} methods")
 
 
 def check_batch(bench: Bench) -> Finding:
@@ -408,16 +402,14 @@ def check_batch(bench: Bench) -> Finding:
         for request, found in zip(requests, together, strict=True)
         for one, other in zip(flat(found), flat(bench.generate(request, STEPPED)), strict=True)
     )
-    return bench.compare("batched is alone", worst, f"{len(requests)} requests at once")
+    return bench.compare(worst, f"{len(requests)} requests at once")
 
 
 def check_prefix(bench: Bench) -> Finding:
     """A stored prefix is as good as one that is computed."""
     bench.fuser.forget_prefixes()
     first, again = bench.ask(), bench.ask()
-    return bench.compare(
-        "prefix reused is recomputed", furthest(first, again), f"{len(ALL)} methods"
-    )
+    return bench.compare(furthest(first, again), f"{len(ALL)} methods")
 
 
 def check_recompiles(bench: Bench) -> Finding:
@@ -426,16 +418,20 @@ def check_recompiles(bench: Bench) -> Finding:
     if not executor.is_compiled:
         raise Skipped("nothing is compiled (--no-compile)")
     bench.ask(methods=["fused"])
-    known, counted = len(executor.graphs), count_compiled_graphs()
+
+    def count() -> tuple[int, int, int]:
+        return len(executor.graphs), count_compiled_graphs(), count_graph_breaks()
+
+    before = count()
     bench.ask(replace(REQUEST, segments=OTHER_SEGMENTS[:2]), ["fused"], positions="restart")
     bench.ask(
         replace(REQUEST, segments=REQUEST.segments[:2], weights=(0.9, 0.1)), ["fused_weighted"]
     )
     bench.ask(replace(REQUEST, segments=OTHER_SEGMENTS[:1]), ["concat"])
-    found = len(executor.graphs) - known + count_compiled_graphs() - counted + executor.recompiles
-    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    graphs, frames, breaks = (now - then for now, then in zip(count(), before, strict=True))
+    found = graphs + frames + breaks + executor.recompiles
     note = f"{len(executor.graphs)} graphs, {breaks} graph breaks, {executor.recompiles} recompiled"
-    return Finding("no recompilation", found + breaks == 0, found + breaks, 0, "graphs", note)
+    return Finding(found == 0, found, 0, "graphs", note)
 
 
 def check_tokenizer(bench: Bench) -> Finding:
@@ -448,7 +444,7 @@ def check_tokenizer(bench: Bench) -> Finding:
         if not is_known or (back != text and tokenizer.encode(back, is_start=True) != token_ids):
             wrong.append(text)
     note = f"{len(TEXTS)} texts" + "".join(f"; {text!r} does not come back" for text in wrong[:1])
-    return Finding("tokenizer round trips", not wrong, len(wrong), 0, "texts", note)
+    return Finding(not wrong, len(wrong), 0, "texts", note)
 
 
 def check_controls(bench: Bench) -> Finding:
@@ -465,7 +461,7 @@ def check_controls(bench: Bench) -> Finding:
         if not tokenizer.control_ids.isdisjoint(token_ids):
             through.append(token)
     note = f"{len(tokenizer.control_ids)} control tokens" + "".join(f"; {t}" for t in through[:1])
-    return Finding("text is no control token", not through, len(through), 0, "tokens", note)
+    return Finding(not through, len(through), 0, "tokens", note)
 
 
 def check_chat(bench: Bench) -> Finding:
@@ -475,7 +471,7 @@ def check_chat(bench: Bench) -> Finding:
         raise Skipped("the model has no chat template")
     frame = render_frame(template)
     note = f"{len(frame.head)} characters before a message, {len(frame.tail)} after it"
-    return Finding("chat template renders", True, note=note)
+    return Finding(True, note=note)
 
 
 def check_transformers(bench: Bench) -> Finding:
@@ -486,58 +482,68 @@ def check_transformers(bench: Bench) -> Finding:
         raise Skipped("transformers does not read minifuse's quantized weights")
     if bench.fuser.model.config.quantize is not None:
         raise Skipped("weights were quantized as they were loaded; those of transformers are not")
+    answer = bench.generate(REQUEST, "origin")["origin"]
+    token_ids = answer.token_ids or bench.forced_ids  # where the model stops at once
+    (passage, *_) = bench.plain_passages(token_ids[:-1])
+    version, theirs = _ask_transformers(bench, passage.token_ids, len(token_ids))
+    (ours,) = flat(bench.ask(methods=["origin"], continuation=token_ids))
+    measured = distance(ours.cpu(), theirs)
+    if answer.token_ids:
+        picks = theirs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        measured = max(measured, float((theirs.amax(-1) - picks).max()) / 2)
+    return bench.compare(measured, f"transformers {version}, {len(token_ids)} tokens")
+
+
+def _ask_transformers(bench: Bench, token_ids: Tensor, count: int) -> tuple[str, Tensor]:
+    """Their version, and log-probabilities f64[count, V] of the last tokens.
+
+    raises: Skipped where it cannot run the model, which says nothing about minifuse
+    """
     transformers = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        bench.fuser.model.folder, dtype=bench.fuser.model.dtype
-    ).eval()
-    answer = bench.generate(REQUEST, "origin")["origin"]
-    (passage, *_) = bench.plain_passages(answer.token_ids[:-1])
-    with torch.inference_mode():
-        logits = model(passage.token_ids[None]).logits[0, -len(answer.token_ids) :]
-    theirs = logits.double().log_softmax(-1)
-    (ours,) = flat(bench.ask(methods=["origin"], continuation=answer.token_ids))
-    picks = torch.tensor(answer.token_ids)[:, None]
-    behind = float((theirs.amax(-1) - theirs.gather(1, picks)[:, 0]).max()) / 2
-    measured = max(distance(ours.cpu(), theirs), behind)
-    return bench.compare(
-        "as transformers", measured, f"transformers {transformers.__version__}, {len(picks)} tokens"
-    )
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            bench.fuser.model.folder, dtype=bench.fuser.model.dtype
+        ).eval()
+        with torch.inference_mode():
+            logits = model(token_ids[None]).logits[0, -count:]
+    except Exception as error:  # of a library that may be any version
+        raise Skipped(
+            f"transformers {transformers.__version__} cannot run the model: {one_line(error)}"
+        ) from error
+    return transformers.__version__, logits.double().log_softmax(-1)
 
 
-CHECKS: tuple[Callable[[Bench], Finding], ...] = (
-    check_weights,
-    check_tokenizer,
-    check_controls,
-    check_chat,
-    check_plain_prompt,
-    check_streams,
-    check_isolation,
-    check_one_segment,
-    check_fused,
-    check_copies,
-    check_order,
-    check_cached,
-    check_prefix,
-    check_batch,
-    check_compiled,
-    check_recompiles,
-    check_transformers,
-)
+CHECKS: Mapping[str, Callable[[Bench], Finding]] = {
+    "weights": check_weights,
+    "tokenizer round trips": check_tokenizer,
+    "text is no control token": check_controls,
+    "chat template renders": check_chat,
+    "plain decoding": check_plain_prompt,
+    "streams are prompts alone": check_streams,
+    "segments isolated": check_isolation,
+    "one segment is plain decoding": check_one_segment,
+    "fused is as defined": check_fused,
+    "copies weigh as one": check_copies,
+    "order changes nothing": check_order,
+    "cached is uncached": check_cached,
+    "prefix reused is recomputed": check_prefix,
+    "batched is alone": check_batch,
+    "compiled is eager": check_compiled,
+    "no recompilation": check_recompiles,
+    "as transformers": check_transformers,
+}
 
 
-def run_checks(
-    fuser: Fuser, checks: Sequence[Callable[[Bench], Finding]] = CHECKS
-) -> Iterator[Finding]:
-    """Each check's finding as it is there; what fails in another way fails its check."""
+def run_checks(fuser: Fuser, names: Iterable[str] = CHECKS) -> Iterator[Finding]:
+    """The finding of each check named as it is there; what fails in another way fails its check."""
     bench = Bench(fuser)
-    for check in checks:
+    for name in names:
         start = time.perf_counter()
-        name = check.__name__.removeprefix("check_").replace("_", " ")
         try:
-            finding = check(bench)
+            finding = CHECKS[name](bench)
         except Skipped as reason:
-            finding = Finding(name, None, note=str(reason))
+            finding = Finding(None, note=str(reason))
         except MinifuseError as error:
-            finding = Finding(name, False, note=str(error))
-        yield replace(finding, seconds=time.perf_counter() - start)
+            finding = Finding(False, note=str(error))
+        yield replace(finding, name=name, seconds=time.perf_counter() - start)

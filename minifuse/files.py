@@ -126,6 +126,8 @@ def _remove_left(path: Path) -> None:
     """Remove a file once nobody writes to it; where it is a link, that."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:  # whose it was is done; what may be there by now is another's
+        return
     except OSError:  # a link, for one
         path.unlink(missing_ok=True)
         return

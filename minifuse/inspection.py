@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minifuse.answers import Results
 from minifuse.config import ModelConfig
+from minifuse.executor import PREFILL_BLOCK
 from minifuse.layout import PackedPrompt, Part, Span
 from minifuse.lint import Remark, lint, name_of
 from minifuse.masks import Labels, make_dense_bias, make_tables, write_rules
@@ -84,13 +85,25 @@ class Inspection:
     def num_tokens(self) -> int:
         return len(self.key_blocks)
 
-    def blocks(self, query_tokens: int) -> Tensor:
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """`bias`, and `near_bias` where there is one, by the layers that they are for."""
+        if self.near_bias is None:
+            return {"all layers": self.bias}
+        return {
+            "layers without a window": self.bias,
+            "layers with a sliding window": self.near_bias,
+        }
+
+    def blocks(self, query_tokens: int, bias: Tensor) -> Tensor:
         """SKIPPED, PARTIAL or FULL, i64[Q, J]: rows of so many tokens by blocks of the cache.
 
         Attention skips a block where none of its pairs is visible; it is full where all are. The
         last rows may be fewer.
+
+        bias: one of `tables`
         """
-        visible = self.bias > -torch.inf
+        visible = bias > -torch.inf
         places = torch.tensor(self.key_blocks)
         states = torch.zeros(-(-self.num_tokens // query_tokens), self.num_key_blocks).long()
         for row, queries in enumerate(visible.split(query_tokens)):
@@ -102,7 +115,8 @@ class Inspection:
         return states
 
     def to_json(self) -> dict:
-        """All of it in plain values; hidden pairs are null."""
+        """All of it in plain values. Hidden pairs are null; blocks are skipped, partly seen or full
+        (0, 1, 2), a row for so many queries as a prefill has them."""
         return {
             "pieces": [
                 {
@@ -116,11 +130,14 @@ class Inspection:
                 }
                 for piece in self.pieces
             ],
-            "bias": [
-                [None if value == -torch.inf else value for value in row]
-                for row in self.bias.tolist()
-            ],
+            "bias": _table(self.bias),
+            "near_bias": None if self.near_bias is None else _table(self.near_bias),
             "key_blocks": list(self.key_blocks),
+            "num_key_blocks": self.num_key_blocks,
+            "blocks": {
+                name: self.blocks(PREFILL_BLOCK, bias).tolist()
+                for name, bias in self.tables.items()
+            },
             "attention": [
                 {
                     "answer": found.name,
@@ -137,6 +154,10 @@ class Inspection:
                 for result in (value if isinstance(value, list) else [value])
             ],
         }
+
+
+def _table(bias: Tensor) -> list[list[float | None]]:
+    return [[None if value == -torch.inf else value for value in row] for row in bias.tolist()]
 
 
 def inspect_job(

@@ -416,7 +416,7 @@ class ResultsFile:
             is_full = error.errno in DISK_FULL
             advice = "make room and run this again" if is_full else "choose another --output"
             raise MinifuseError(
-                f"cannot write {error.filename or self.path}: {error.strerror}; {advice}"
+                f"{error.filename or self.path} cannot be written: {error.strerror}; {advice}"
             ) from None
 
 

@@ -5,7 +5,8 @@ bound by reading the weight, many by multiplying. The numbers behind each choice
 docs/quantized.md; all ways give the same result but for rounding.
 
 A graph has a fixed number of rows, and a call fills the first of them. Where the time goes by rows,
-only those are multiplied: their number is a value in a tensor, so that no other one recompiles.
+only those are multiplied, or a few more: their number is a value in a tensor, so that no other one
+recompiles.
 
 Letters: M rows of x, R rows of a weight whose nibbles are interleaved.
 """

@@ -53,8 +53,8 @@ def lint(
     views = list(dict.fromkeys(stream.view for stream in streams))
     remarks = [
         *_find_leaks(packed),
-        *_find_blind(packed),
-        *_find_unread(packed),
+        *_find_blind(packed, streams),
+        *_find_unread(packed, streams),
         *_find_bos(packed, bos_ids),
         *_find_jumps(packed, views),
         *_find_overlaps(packed),
@@ -79,30 +79,37 @@ def _find_leaks(packed: PackedPrompt) -> Iterator[Remark]:
             )
 
 
-def _find_blind(packed: PackedPrompt) -> Iterator[Remark]:
-    for span in packed.spans:
-        if not packed.sees.get(span.label):
+def _find_blind(packed: PackedPrompt, streams: Sequence[Stream]) -> Iterator[Remark]:
+    rows = {span.label: name_of(span) for span in packed.spans}
+    for label, name in {**rows, **{stream.label: "an answer" for stream in streams}}.items():
+        if not packed.sees.get(label):
             yield Remark(
                 Fault.BLIND,
-                f"{name_of(span)} sees no key, not even its own: its attention is a mean of "
-                "nothing, and what reads it reads zeros or NaN",
+                f"{name} sees no key, not even its own: its attention is a mean of nothing, and "
+                "what reads it reads zeros or NaN",
             )
 
 
-def _find_unread(packed: PackedPrompt) -> Iterator[Remark]:
-    """Segments that no view sees, nor a moved copy of them."""
-    read = {
-        key
-        for span in packed.spans
-        if span.part is Part.SUFFIX
-        for key in packed.sees.get(span.label, {})
-    }
-    read |= {source for copy, source in packed.copies.items() if copy in read}
+def _find_unread(packed: PackedPrompt, streams: Sequence[Stream]) -> Iterator[Remark]:
+    """Parts that no answer sees, nor what it sees, nor as a moved copy."""
+    read: set[int] = set()
+    rows = [label for s in streams for label in (s.label, s.view.suffix.label)]
+    while rows:
+        row = rows.pop()
+        # That a row of the suffix sees its own is no reader.
+        seen = {key for key in packed.sees.get(row, {}) if key != row} - read
+        seen |= {packed.copies[key] for key in seen if key in packed.copies} - read
+        read |= seen
+        rows += seen
+    used = {stream.view.suffix.label for stream in streams}
     for span in packed.spans:
-        if span.part is Part.SEGMENT and span.label not in read:
+        is_spare = span.part is Part.SUFFIX and span.label not in used
+        if span.label not in read and not is_spare:
             yield Remark(
                 Fault.UNREAD,
-                f"no answer sees {name_of(span)}: it is computed in vain and has no say",
+                f"no answer sees {name_of(span)}: it is computed in vain and has no say"
+                if span.part is not Part.SUFFIX
+                else "the answer does not see the suffix: it has no say behind the first token",
             )
 
 

@@ -102,14 +102,9 @@ def _token_lines(inspection: Inspection) -> Iterator[str]:
         )
         return
     glyphs = _glyphs_of(inspection.bias)
-    tables = {"": inspection.bias}
-    if inspection.near_bias is not None:
-        tables = {"layers without a window": inspection.bias}
-        tables["layers with a sliding window"] = inspection.near_bias
     names, ends = _names_of_tokens(inspection)
-    for title, bias in tables.items():
-        if title:
-            yield title
+    for title, bias in inspection.tables.items():
+        yield from _titled(inspection, title)
         for place, (name, row) in enumerate(zip(names, bias.tolist(), strict=True)):
             cells = "".join(
                 ("|" if column in ends else "") + glyphs[value] for column, value in enumerate(row)
@@ -153,16 +148,22 @@ def _pieces_by_slot(inspection: Inspection) -> dict[int, tuple[Piece, str]]:
 
 def _block_lines(inspection: Inspection) -> Iterator[str]:
     slots = sorted(_pieces_by_slot(inspection))
-    blocks = inspection.blocks(PREFILL_BLOCK)
-    for row, states in enumerate(blocks.tolist()):
-        own = slots[row * PREFILL_BLOCK : (row + 1) * PREFILL_BLOCK]
-        yield f" {f'slots {own[0]}-{own[-1]}':>24} {' '.join(_BLOCKS[s] for s in states)}"
-    counts = torch.bincount(blocks.flatten(), minlength=3).tolist()
-    yield (
-        f"{'':25} rows of {PREFILL_BLOCK} tokens by blocks of the cache; "
-        f"{_BLOCKS[SKIPPED]} skipped {counts[SKIPPED]}, {_BLOCKS[PARTIAL]} partly seen "
-        f"{counts[PARTIAL]}, {_BLOCKS[FULL]} full {counts[FULL]}"
-    )
+    for title, bias in inspection.tables.items():
+        yield from _titled(inspection, title)
+        blocks = inspection.blocks(PREFILL_BLOCK, bias)
+        for row, states in enumerate(blocks.tolist()):
+            own = slots[row * PREFILL_BLOCK : (row + 1) * PREFILL_BLOCK]
+            yield f" {f'slots {own[0]}-{own[-1]}':>24} {' '.join(_BLOCKS[s] for s in states)}"
+        counts = torch.bincount(blocks.flatten(), minlength=3).tolist()
+        yield (
+            f"{'':25} rows of {PREFILL_BLOCK} tokens by blocks of the cache; "
+            f"{_BLOCKS[SKIPPED]} skipped {counts[SKIPPED]}, {_BLOCKS[PARTIAL]} partly seen "
+            f"{counts[PARTIAL]}, {_BLOCKS[FULL]} full {counts[FULL]}"
+        )
+
+
+def _titled(inspection: Inspection, title: str) -> list[str]:
+    return [title] if len(inspection.tables) > 1 else []
 
 
 def _attention_lines(inspection: Inspection, *, by_layer: bool) -> Iterator[str]:
@@ -224,16 +225,18 @@ def draw_inspection(inspection: Inspection, path: Path) -> None:
 
     raises: MinifuseError where matplotlib is missing or the file cannot be written
     """
-    heights = [1.5, 6.0, *(0.9 + 0.17 * _num_rows(a) for a in inspection.attention)]
-    num_rows = 1 + len(inspection.attention)
-    figure = make_figure(8.5, sum(heights) + 0.5 * num_rows, "--output")
+    tables = inspection.tables
+    heights = [1.5, *[6.0] * len(tables)]
+    heights += [0.9 + 0.17 * _num_rows(found) for found in inspection.attention]
+    figure = make_figure(8.5, sum(heights) + 0.5 * (len(heights) - 1), "--output")
     import matplotlib.style
 
     with matplotlib.style.context(["default", {"font.size": 8, "text.parse_math": False}]):
         grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
         _draw_layout(figure.add_subplot(grid[0, :]), inspection)
-        _draw_table(figure.add_subplot(grid[1, :]), inspection)
-        for row, found in enumerate(inspection.attention, 2):
+        for row, title in enumerate(tables, 1):
+            _draw_table(figure.add_subplot(grid[row, :]), inspection, title)
+        for row, found in enumerate(inspection.attention, 1 + len(tables)):
             names = [visible_text(text) for text in found.texts]
             _draw_shares(figure.add_subplot(grid[row, 0]), found, names, found.mass.mean(0))
             layers = [f"layer {n}" for n in range(len(found.mass))]
@@ -292,10 +295,9 @@ def _short(name: str) -> str:
     return name.replace("segment ", "seg ").replace("answer of ", "")
 
 
-def _draw_table(axes: "Axes", inspection: Inspection) -> None:
-    weights = torch.where(
-        inspection.bias > -torch.inf, inspection.bias.exp(), torch.tensor(torch.nan)
-    )
+def _draw_table(axes: "Axes", inspection: Inspection, title: str) -> None:
+    bias = inspection.tables[title]
+    weights = torch.where(bias > -torch.inf, bias.exp(), torch.tensor(torch.nan))
     most = float(weights.nan_to_num().max())
     image = axes.imshow(
         weights.numpy(),
@@ -312,25 +314,25 @@ def _draw_table(axes: "Axes", inspection: Inspection) -> None:
     for start in starts:
         axes.axhline(start - 0.5, color="#888888", linewidth=0.5)
         axes.axvline(start - 0.5, color="#888888", linewidth=0.5)
-    _draw_blocks(axes, inspection)
+    _draw_blocks(axes, inspection, bias)
     if len(names) <= _MAX_NAMED_TOKENS:
         axes.set_yticks(range(len(names)), names, fontsize=6)
         axes.set_xticks(range(len(names)), names, fontsize=6, rotation=90)
     axes.set_xlabel("keys")
     axes.set_ylabel("queries")
     axes.set_title(
-        f"Who sees whom; hatched: blocks of {PREFILL_BLOCK} queries by the keys of one block of "
-        "the cache that attention skips",
+        f"Who sees whom, {title}; hatched: blocks of {PREFILL_BLOCK} queries by the keys of one "
+        "block of the cache that attention skips",
         fontsize=9,
     )
 
 
-def _draw_blocks(axes: "Axes", inspection: Inspection) -> None:
+def _draw_blocks(axes: "Axes", inspection: Inspection, bias: Tensor) -> None:
     from matplotlib.patches import Rectangle
 
     places = torch.tensor(inspection.key_blocks)
     changes = [0, *((places.diff() != 0).nonzero().flatten() + 1).tolist(), len(places)]
-    for row, states in enumerate(inspection.blocks(PREFILL_BLOCK).tolist()):
+    for row, states in enumerate(inspection.blocks(PREFILL_BLOCK, bias).tolist()):
         top = row * PREFILL_BLOCK
         height = min(PREFILL_BLOCK, len(places) - top)
         for start, end in itertools.pairwise(changes):

@@ -16,15 +16,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from engine_cases import keep_a_stale_slot, lose_a_stored_prefix
-from test_verify import favour_the_first, leak, lose_balance, rules_with, turn_too_far
+from test_verify import (
+    favour_the_first,
+    leak,
+    lose_balance,
+    rules_with,
+    swap_heads,
+    turn_too_far,
+)
 
 import minifuse
-from minifuse.checks import CHECKS, run_checks
-
-
-def swap_heads(fuser, monkeypatch):
-    heads = fuser.model.params.layers[0].wqkv.unflatten(0, (-1, fuser.model.config.head_dim))
-    heads[0], heads[1] = heads[1].clone(), heads[0].clone()
+from minifuse.checks import run_checks
 
 
 def halve_the_base(fuser, monkeypatch):
@@ -55,7 +57,7 @@ def main() -> None:
         fuser = minifuse.load(args.model, dtype=args.dtype, compile=False)
         with pytest.MonkeyPatch.context() as monkeypatch:
             FAULTS[name](fuser, monkeypatch)
-            for found in run_checks(fuser, CHECKS):
+            for found in run_checks(fuser):
                 if found.tolerance:
                     seen = "!" if found.is_passed is False else " "
                     sizes = f"{found.measured:9.2g} of {found.tolerance:.2g} nats"

@@ -188,6 +188,20 @@ def test_processes_that_write_one_file_take_turns(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_file_that_is_gone_is_not_removed_once_more(tmp_path, monkeypatch):
+    """Between a look at it and the next, its writer was done, and another one began."""
+    path = tmp_path / "a.partial"
+
+    def open_late(*args):
+        path.write_text("another's")
+        raise FileNotFoundError
+
+    monkeypatch.setattr(files.os, "open", open_late)
+    files._remove_left(path)
+    monkeypatch.undo()
+    assert path.read_text() == "another's"
+
+
 def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "a.partial").write_text("half")

@@ -3,8 +3,7 @@
 import warnings
 
 import pytest
-from fuzz.checking import Fault, check
-from fuzz.target import Target
+from fuzz.checking import Fault, Target, check
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings, strategies
 

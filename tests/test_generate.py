@@ -243,7 +243,7 @@ def test_an_output_that_cannot_be_written_is_status_1(place, tmp_path, capsys):
     output = tmp_path / place
     assert main(["a", "--output", str(output)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: cannot write {output}: ")
+    assert error.startswith(f"error: {output} cannot be written: ")
     assert error.count("\n") == 1
 
 

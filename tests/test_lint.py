@@ -84,6 +84,41 @@ def test_a_segment_that_nobody_sees():
     assert "no answer sees segment 2" in str(remarks[0])
 
 
+def test_a_prefix_that_nobody_sees():
+    """Without a BOS token there would be no other remark on it."""
+    packed, streams = lay_out("fused")
+    (prefix, *_) = packed.spans
+    for label, rule in packed.sees.items():
+        packed.sees[label] = {k: b for k, b in rule.items() if k != prefix.label or k == label}
+    unread, *others = lint(packed, streams)
+    assert str(unread).startswith("unread: no answer sees prefix")
+    # Segments stand behind nothing that they see.
+    assert {remark.fault for remark in others} == {Fault.JUMP}
+
+
+def test_a_prefix_that_segments_alone_see_is_read():
+    packed, (stream,) = lay_out("fused")
+    (prefix, *_) = packed.spans
+    for label in (stream.label, stream.view.suffix.label):
+        packed.sees[label] = {k: b for k, b in packed.sees[label].items() if k != prefix.label}
+    assert Fault.UNREAD not in faults(packed, [stream])
+
+
+def test_an_answer_that_does_not_see_the_suffix():
+    packed, (stream,) = lay_out("fused")
+    suffix = stream.view.suffix.label
+    packed.sees[stream.label] = {k: b for k, b in packed.sees[stream.label].items() if k != suffix}
+    (remark,) = lint(packed, [stream])
+    assert remark.fault is Fault.UNREAD
+    assert "the answer does not see the suffix" in str(remark)
+
+
+def test_an_answer_that_sees_nothing():
+    packed, (stream,) = lay_out("fused")
+    packed.sees[stream.label] = {}
+    assert "sees nothing: an answer sees no key" in str(lint(packed, [stream])[0])
+
+
 def test_bos():
     assert Fault.BOS in faults(*lay_out("fused"), bos_ids=(2,))
     assert faults(*lay_out("fused"), bos_ids=()) == set()

@@ -322,7 +322,7 @@ def test_a_file_without_questions_is_an_error(paraphrase, questions, tmp_path):
 def test_an_output_that_cannot_be_written_is_status_1(place, paraphrase, tmp_path):
     status, _, error = paraphrase("--output", str(tmp_path / place))
     assert status == 1
-    assert f"error: cannot write {tmp_path / place}: " in error
+    assert f"error: {tmp_path / place} cannot be written: " in error
 
 
 def test_a_failed_start_leaves_no_files(paraphrase, questions, exemplars, tmp_path):

@@ -19,15 +19,15 @@ SUBCOMMANDS = [
     "minifuse.evaluate lemmatize",
     "minifuse.evaluate compare",
 ]
-_CALL = re.compile(r"(?:^|[\s/])python3? -m ((?:minifuse|tools|benchmarks)[\w.]*)( .*)?$")
+_CALL = re.compile(r"(?:^|[\s/])python3? -m ((?:minifuse|tools|benchmarks|tests)[\w.]*)( .*)?$")
 
 
 def commands_of(page: Path) -> list[str]:
     """Whole command lines, without what the shell makes of them; inline mentions are no calls."""
     text = page.read_text(encoding="utf-8")
-    blocks = (
-        [text] if page.name == "Makefile" else re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-    )
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    indented = re.findall(r"\n\n((?: {4}.*\n)+)", text)
+    blocks = [text] if page.name == "Makefile" else fenced + indented
     lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
     found = [match for line in lines if (match := _CALL.search(line))]
     return [f"{match[1]}{match[2] or ''}" for match in found]

@@ -431,7 +431,7 @@ def test_folders_that_may_not_be_written(command, mode, tmp_path, capsys):
         assert command.run(output) == 1
     said = error_of(capsys)
     reason = "Permission denied; choose another --output"
-    assert said in (f"cannot write {output}: {reason}", f"{output} cannot be used: {reason}")
+    assert said in (f"{output} cannot be {what}: {reason}" for what in ("written", "used"))
     assert names(tmp_path) == []
 
 
@@ -516,7 +516,7 @@ def test_a_file_that_may_not_grow(command, tmp_path, capsys):
     if command.grows:
         assert said == f"{output} cannot be used: File too large; make room and go on by --resume"
     else:
-        assert said == f"cannot write {output}: File too large; make room and run this again"
+        assert said == f"{output} cannot be written: File too large; make room and run this again"
     assert whole_lines(path)
     assert size_of(path) < num_bytes
     assert not list(tmp_path.rglob("*.partial"))
@@ -539,7 +539,7 @@ def test_a_full_disk(command, small_disk, capsys):
         small_disk(half * PAGE)
         assert command.run(disk / "output") == 1
         said = error_of(capsys)
-        assert said.startswith(("cannot write ", str(disk / "output")))
+        assert said.startswith(str(disk / "output"))
         assert "No space left on device" in said
         assert whole_lines(command.growing(disk / "output"))
         assert not list(disk.rglob("*.partial"))

@@ -226,19 +226,24 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
     parquet, arrow_error = _arrow()
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            _check_names(path, there)
-            wanted = [name for name in dict.fromkeys(columns) if name in there]
-            batch_rows = _rows_that_fit(path, file.metadata)
-            for batch in file.iter_batches(batch_rows, columns=wanted):
+        metadata = parquet.read_metadata(path)
+        there = metadata.schema.to_arrow_schema().names
+        _check_names(path, there)
+        wanted = [name for name in dict.fromkeys(columns) if name in there]
+        _check_unpacked(path, metadata)
+        leaves = map(metadata.schema.column, range(metadata.num_columns))
+        # Not within lists, which Arrow cannot read in batches so.
+        texts = [
+            leaf.path
+            for leaf in leaves
+            if leaf.physical_type == "BYTE_ARRAY" and leaf.path == leaf.name
+        ]
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 # Unchecked, offsets of a damaged file lead out of memory.
                 batch.validate(full=True)
-                plain = [_decoded(batch.column(name)) for name in wanted]
-                size = sum(column.nbytes for column in plain)
-                _check_memory(f"{path}, from row {number + 1} on,", size)
                 # Lists of columns, since a dictionary a row would take most of the time.
-                lists = [column.to_pylist() for column in plain]
+                lists = [_values_of(batch.column(name)) for name in wanted]
                 for place in range(batch.num_rows):
                     number += 1
                     values = {name: cells[place] for name, cells in zip(wanted, lists, strict=True)}
@@ -248,32 +253,31 @@ def _read_parquet(path: Path, _: Rejects, columns: Sequence[str]) -> Iterator[Ro
         raise UsageError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
-def _decoded(column: Any) -> Any:
-    """The column as it is in memory when each row has its own value."""
-    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+def _values_of(column: Any) -> list:
+    """A column's values; equal texts are one object: a file may hold a long one for all rows."""
+    if not hasattr(column, "dictionary"):
+        values: list = column.to_pylist()
+        return values
+    used = column.indices.unique().drop_null()
+    texts = column.dictionary.take(used).to_pylist()
+    by_index = dict(zip(used.to_pylist(), texts, strict=True))
+    return [by_index.get(index) for index in column.indices.to_pylist()]
 
 
-def _rows_that_fit(path: Path, metadata: Any) -> int:
-    """Rows that fit into a fourth of the free memory, even where they share one long text.
+def _check_unpacked(path: Path, metadata: Any) -> None:
+    """Compare with the free memory what the largest group of rows says that it unpacks to.
 
-    raises: UsageError if the largest group of rows says that it unpacks to more than is free
-    """
-    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    largest = max(groups, default=0)
-    _check_memory(f"{path} has a group of rows that", largest)
-    return min(_BATCH_ROWS, max(1, free_host_memory() // (4 * max(largest, 1))))
-
-
-def _check_memory(what: str, size: int) -> None:
-    """Rows that were read before are still held: with each batch less is free.
+    Of all columns: Arrow ends the process where what a damaged file says of one column is odd.
 
     raises: UsageError
     """
+    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    largest = max(groups, default=0)
     free = free_host_memory()
-    if size > free:
+    if largest > free:
         raise UsageError(
-            f"{what} unpacks to {format_bytes(size)}, and {format_bytes(free)} of memory are free; "
-            "write it with smaller groups, or shorter texts"
+            f"{path} has a group of rows that unpacks to {format_bytes(largest)}, and "
+            f"{format_bytes(free)} of memory are free; write it with smaller groups"
         )
 
 

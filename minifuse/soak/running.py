@@ -13,7 +13,7 @@ from minifuse.checks import flat
 from minifuse.engine import Fuser
 from minifuse.errors import MinifuseError
 from minifuse.executor import MAX_DECODE_TOKENS, PADDING, PREFILL_SIZES
-from minifuse.linear import product_rows
+from minifuse.linear import HAS_ONEDNN, product_rows
 from minifuse.pool import Lease, Size
 from minifuse.results import StreamEvent
 from minifuse.soak.calls import FAMILIES, SIZES, Call, draw_call, fit_call, make_tiny
@@ -32,18 +32,20 @@ WARM_REQUESTS = 100
 def warm_up(fuser: Fuser, sizes: Sequence[Size]) -> None:
     """Get every graph ready that pools of these sizes need, and every product's code."""
     executor = fuser.executor
-    inv_freq = executor.make_inv_freq(fuser.model.config.rope_length(1))
+    lease = Lease([0], [0], executor.make_inv_freq(fuser.model.config.rope_length(1)))
+    # Of products there are as many as numbers of rows, whatever the pool.
+    rows = {product_rows(live) for live in range(1, PREFILL_SIZES[-1])} if HAS_ONEDNN else set()
     for size in sizes:
-        blocks = executor._blocks_of("decode", size)
         with executor.pool(size) as pool:
             # Pages of a new cache count as memory once they are written.
             for layer in (*pool.cache.keys, *pool.cache.values):
                 layer.zero_()
-            lease = Lease([0], [0], inv_freq)
-            for count in {*PREFILL_SIZES, *map(product_rows, range(1, PREFILL_SIZES[-1]))}:
+            for count in {*PREFILL_SIZES, *rows}:
                 executor.prefill(pool, [(lease, [PADDING] * count)])
-            for count in {*blocks, *map(product_rows, range(1, MAX_DECODE_TOKENS))}:
+            few = {count for count in rows if count <= MAX_DECODE_TOKENS}
+            for count in {*executor._blocks_of("decode", size), *few}:
                 executor.decode(pool, [(lease, [PADDING] * count)])
+        rows = set()
 
 
 def soak(

@@ -87,7 +87,7 @@ def test_blocks_by_counting(fuser):
     found = fuser.inspect(**request, methods="fused", max_new_tokens=2)
     assert found.num_tokens > 2 * KV_BLOCK
     rows, visible = 48, found.bias > -torch.inf
-    states = found.blocks(rows)
+    states = found.blocks(rows, found.bias)
     kinds = set()
     for row in range(len(states)):
         for block in range(found.num_key_blocks):
@@ -136,14 +136,25 @@ def test_figures(inspection, tmp_path, suffix):
         assert ElementTree.fromstring(content).tag.endswith("svg")
 
 
-def test_layers_with_a_window_have_a_table_of_their_own(family_fuser):
+def test_layers_with_a_window_have_a_table_of_their_own(family_fuser, tmp_path):
     found = family_fuser.inspect(**REQUEST, methods="fused", max_new_tokens=2)
     if not family_fuser.model.config.sliding_layers:
         assert found.near_bias is None
+        assert list(found.to_json()["blocks"]) == ["all layers"]
         return
     hidden = (found.near_bias == -torch.inf) & (found.bias > -torch.inf)
     assert hidden.any()
-    assert "layers with a sliding window" in format_inspection(found)
+    titles = ["layers without a window", "layers with a sliding window"]
+    assert list(found.tables) == titles
+    assert [format_inspection(found).count(title) for title in titles] == [2, 2]  # tokens, blocks
+    content = found.to_json()
+    assert list(content["blocks"]) == titles
+    for name in ("bias", "near_bias"):
+        there = [[value is not None for value in row] for row in content[name]]
+        assert torch.equal(torch.tensor(there), getattr(found, name) > -torch.inf)
+    draw_inspection(found, tmp_path / "it.svg")
+    drawn = (tmp_path / "it.svg").read_text()
+    assert all(f"Who sees whom, {title}" in drawn for title in titles)
 
 
 def test_the_command(folder, tmp_path, capsys):

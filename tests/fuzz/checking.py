@@ -1,4 +1,4 @@
-"""One input: laid into a folder, read under limits, judged."""
+"""A target, and one input of it: laid into a folder, read under limits, judged."""
 
 import contextlib
 import os
@@ -8,17 +8,35 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from types import FrameType
 
 from minifuse.errors import MAX_MESSAGE_CHARS, MinifuseError
 
-from .target import Files, Target
-
 # One input takes milliseconds, and no more memory than the files of a tiny model.
 CPU_SECONDS = 10
 MEMORY_BYTES = 2**29
+
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of foreign file.
+
+    files: makes what lies in a folder, by name, of choices
+    read:  reads the folder; may write into its `out`, and nowhere else
+    cost:  how many inputs of a common target take as long as one of this
+    """
+
+    name: str
+    files: Callable[[Random], Files]
+    read: Callable[[Path], None]
+    cost: int = 1
 
 
 class Fault(AssertionError):

@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from minifuse import artifacts, wheels
 from minifuse.cards import read_card
+from minifuse.evaluation.confidences import read_weights
 from minifuse.evaluation.datasets import load_dataset
 from minifuse.evaluation.paraphrasing import load_exemplars, read_questions
 from minifuse.evaluation.prompts import read_template
@@ -24,8 +25,8 @@ from minifuse.evaluation.records import RunFolder, read_run
 from minifuse.evaluation.tables import read_records, read_table
 from minifuse.jsonl import PromptLine, ResultsFile, key_of_generation, read_input
 
-from .mutations import DEEP, bytes_like, dump, json_texts, line_files, trees
-from .target import Files, Target
+from .checking import Files, Target
+from .mutations import DEEP, bytes_like, dump, json_lines, json_texts, line_files, trees
 
 # Requests, results, rows
 
@@ -135,9 +136,67 @@ ROWS = [
         "question": 'a "b", c',
         "paraphrases": ["d"],
         "answers": ["x", "y"],
-        "relation": "",
+        "relation": "s",
     },
 ]
+
+
+PARAPHRASES = [
+    {"id": "a", "question": "Q?", "paraphrases": ["Which?", "What?"]},
+    {"id": "b", "question": 'a "b", c', "paraphrases": []},
+]
+CONFIDENCES = [{"id": "a", "confidences": [0.5, 1]}, {"id": 2, "confidences": [0, 0.0]}]
+_FACT = {"uuid": "u", "rel_uri": "P1", "sub_ent": "s", "obj_aliases": ["o"], "is_manual": True}
+# The files of the sets that are known by name, in JSON Lines.
+NAMED_SETS = {
+    "webqa": {"test.jsonl": ROWS, "train.jsonl": ROWS[:1]},
+    "myriadlama": {
+        "facts.jsonl": [
+            _FACT | {"template": "[X] is in [Y]."},
+            _FACT | {"template": "[Y] has [X].", "is_manual": False},
+        ]
+    },
+    "pararel": {
+        "templates.jsonl": [{"rel": "P1", "pattern": "[X] is in [Y]."}],
+        "facts.jsonl": [{"rel": "P1", "sub": "s", "obj": "o", "uuid": "u"}],
+    },
+    "graphquestions": {
+        "groups.jsonl": [{"group_id": 1, "sentence_paraphrases": ["Q?", "P?"], "answers": ["x"]}]
+    },
+}
+
+
+def _paraphrase_file(pick: Random) -> Files:
+    return {"rows.jsonl": json_lines(ROWS), "given.jsonl": line_files(pick, PARAPHRASES)}
+
+
+def _read_paraphrase_file(folder: Path) -> None:
+    path, given = str(folder / "rows.jsonl"), folder / "given.jsonl"
+    try:
+        load_dataset(path, paraphrase_file=given)
+    finally:
+        load_dataset(path, paraphrase_file=given, skip_bad=True)
+
+
+def _read_confidences(folder: Path) -> None:
+    read_weights(folder / "in.jsonl")
+
+
+def _named_set(pick: Random) -> Files:
+    """The files of one set, one of them damaged; the set is known by which files there are."""
+    valid = NAMED_SETS[pick.choice(list(NAMED_SETS))]
+    files = {name: json_lines(rows) for name, rows in valid.items()}
+    damaged = pick.choice(list(valid))
+    return files | {damaged: line_files(pick, valid[damaged])}
+
+
+def _read_named_set(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    name = next(name for name, files in NAMED_SETS.items() if files.keys() == names)
+    try:
+        load_dataset(name, data_dir=folder)
+    finally:
+        load_dataset(name, data_dir=folder, skip_bad=True)
 
 
 def _csv_rows(pick: Random) -> Files:
@@ -415,6 +474,9 @@ TARGETS = (
     Target("rows-jsonl", _lines("rows.jsonl", ROWS), _read_rows),
     Target("rows-csv", _csv_rows, _read_rows),
     Target("rows-parquet", _parquet_rows, _read_rows, 2),
+    Target("paraphrase-file", _paraphrase_file, _read_paraphrase_file),
+    Target("confidences", _lines("in.jsonl", CONFIDENCES), _read_confidences),
+    Target("named-set", _named_set, _read_named_set),
     Target("table", _table, _read_table, 2),
     Target("card", _toml("card.toml", CARDS), _read_card),
     Target("prompt-template", _toml("template.toml", (PROMPT_TEMPLATE,)), _read_prompt_template),

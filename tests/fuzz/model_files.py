@@ -26,8 +26,8 @@ from minifuse.loader import load_model, read_eos_ids
 from minifuse.saving import QuantizedSource, save_folder
 from minifuse.tokenizer import Tokenizer
 
+from .checking import Files, Target
 from .mutations import DEEP, bytes_like, dump, json_texts, trees
-from .target import Files, Target
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 

@@ -115,6 +115,11 @@ def bytes_like(pick: Random, valid: bytes, fragments: tuple[bytes, ...] = ()) ->
     return bytes(data)
 
 
+def json_lines(rows: list[dict]) -> bytes:
+    """JSON Lines that are well."""
+    return b"".join(dump(row) + b"\n" for row in rows)
+
+
 def line_files(pick: Random, valid: list[dict]) -> bytes:
     """JSON Lines of which some are damaged, repeated, out of order, or torn."""
     lines = [dump(line) for line in valid]
