@@ -75,7 +75,9 @@ def soak(
             checker = open_checker(family, report)
             report.tolerances[checker.fuser.model.name] = checker.tolerance
             watch = checker.watch
-            if not is_single:
+            # A few eager calls have nothing to get ready for: memory is not looked at.
+            is_long = requests >= WARM_REQUESTS
+            if not is_single and (checker.fuser.executor.is_compiled or is_long):
                 warm_up(checker.fuser, sizes)
             models[family] = checker, watch
         for _, watch in models.values():
