@@ -16,6 +16,7 @@ from minifuse.executor import PREFILL_BLOCK
 from minifuse.figures import make_figure, save_figure
 from minifuse.inspection import FULL, PARTIAL, SKIPPED, AttentionOf, Inspection, Piece
 from minifuse.layout import Part
+from minifuse.model import KV_BLOCK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -321,8 +322,8 @@ def _draw_table(axes: "Axes", inspection: Inspection, title: str) -> None:
     axes.set_xlabel("keys")
     axes.set_ylabel("queries")
     axes.set_title(
-        f"Who sees whom, {title}; hatched: blocks of {PREFILL_BLOCK} queries by the keys of one "
-        "block of the cache that attention skips",
+        f"Who sees whom, {title}; hatched: blocks ({PREFILL_BLOCK} queries by {KV_BLOCK} slots) "
+        "that attention skips",
         fontsize=9,
     )
 
