@@ -12,6 +12,7 @@ Distances between distributions are the root mean square over the vocabulary of 
 log-probabilities, in nats; of several distributions the largest.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -240,21 +241,25 @@ def furthest(one: dict, other: dict) -> float:
     return max(map(distance, flat(one), flat(other)))
 
 
-def gap_of_answers(one: Generation, other: Generation, tolerance: float) -> float:
-    """How far two greedy answers are apart, in nats per token, up to the first near tie.
+def gap_of_answers(bench: Bench, request: Request, one: Generation, other: Generation) -> float:
+    """How far two greedy answers to a request are apart, in nats, up to where they part.
 
-    Where the tokens differ, both picks have to be as likely but for twice the tolerance: inf
-    otherwise.
+    There it is half of how far either pick, or an end, is behind the best: both may be off.
     """
-    worst = 0.0
     pairs = zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=False)
-    for token, other_token, logprob, other_logprob in pairs:
-        gap = abs(logprob - other_logprob)
-        if token != other_token:
-            return worst if gap <= 2 * tolerance else math.inf
-        worst = max(worst, gap)
-    is_same = one.token_ids == other.token_ids
-    return worst if is_same else math.inf
+    shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    worst = max((abs(logprob - again) for *_, logprob, again in shared), default=0.0)
+    step = len(shared)
+    longer = max(one.token_ids, other.token_ids, key=len)
+    if step == len(one.token_ids) == len(other.token_ids):
+        return worst
+    found = bench.ask(request, [one.method], continuation=longer[: step + 1])[one.method]
+    scores = found[one.paraphrase_index or 0] if isinstance(found, list) else found
+    for answer in (one, other):
+        picks = answer.token_ids[step : step + 1] or bench.fuser.model.eos_token_ids
+        behind = scores[step].max() - scores[step, list(picks)].max()
+        worst = max(worst, float(behind) / 2)
+    return worst
 
 
 # The checks
@@ -398,7 +403,7 @@ def check_batch(bench: Bench) -> Finding:
         requests, methods=STEPPED, max_new_tokens=NEW_TOKENS, stop=()
     )
     worst = max(
-        gap_of_answers(one, other, bench.tolerance)
+        gap_of_answers(bench, request, one, other)
         for request, found in zip(requests, together, strict=True)
         for one, other in zip(flat(found), flat(bench.generate(request, STEPPED)), strict=True)
     )

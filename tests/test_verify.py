@@ -250,6 +250,23 @@ def test_a_model_that_ends_at_once(fuser):
     assert finding.is_passed
 
 
+def test_answers_that_part_are_as_far_apart_as_their_picks(fuser):
+    (found,) = fuser.generate_batch([checks.REQUEST], methods="origin", max_new_tokens=4, stop=())
+    whole = found["origin"]
+    bench = Bench(fuser)
+    assert checks.gap_of_answers(bench, checks.REQUEST, whole, whole) == 0
+    short = replace(whole, token_ids=whole.token_ids[:2], logprobs=whole.logprobs[:2])
+    # Not an end: that it stops there is a fault, to be seen by how unlikely an end is.
+    assert checks.gap_of_answers(bench, checks.REQUEST, whole, short) > bench.tolerance
+    fuser.model = replace(fuser.model, eos_token_ids=whole.token_ids[2:3])
+    assert checks.gap_of_answers(bench, checks.REQUEST, short, whole) == 0
+    other = replace(whole, token_ids=(*whole.token_ids[:3], whole.token_ids[3] ^ 1))
+    scores = bench.ask(methods=["origin"], continuation=whole.token_ids)["origin"][3]
+    behind = float(scores.max() - scores[other.token_ids[3]])
+    gap = checks.gap_of_answers(bench, checks.REQUEST, whole, other)
+    assert gap == pytest.approx(behind / 2, abs=1e-4)
+
+
 def test_transformers_that_cannot_run_the_model(fuser, monkeypatch):
     def fail(*_, **__):
         raise TypeError("no such\nargument")
