@@ -1,7 +1,9 @@
 # make demo: answer a real question.  make test: run everything in a fresh environment.
 # make coverage: measure what the tests run.  make wheel: build and use it as users would.
 PYTHON ?= python3
-PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Modules are compiled when they are first imported: most of what torch brings never is.
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile \
+  --constraint constraints.txt
 
 .PHONY: demo test coverage wheel clean
 
