@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import zipfile
 import zlib
@@ -26,8 +27,8 @@ from minifuse.files import check_room, hash_sources, is_inside, new_file, parse_
 FORMAT = 1
 _MANIFEST = "minifuse-artifacts.json"
 _FILES = "cache/"
-# The cache's own locks, and what a build leaves half way.
-_LEFT_OUT = {".lock", ".tmp"}
+# The cache's own locks, and what a build or a killed process leaves half way.
+_LEFT_OUT = re.compile(r".*\.lock|.*\.tmp|\..*\.partial-.*")
 
 
 def describe_build() -> dict:
@@ -65,7 +66,7 @@ def save_artifacts(folder: Path, path: Path) -> int:
     found = sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file() and file.suffix not in _LEFT_OUT and "locks" not in file.parts
+        if file.is_file() and not _LEFT_OUT.fullmatch(file.name) and "locks" not in file.parts
     )
     try:
         with new_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:

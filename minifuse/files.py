@@ -11,7 +11,7 @@ import sys
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -77,111 +77,101 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Another name to write to, `NAME.partial`, which gives way to the file's own at the end.
+    """Another name to write to, which gives way to the file's own at the end.
 
     Private until it is whole. Where writing it fails, nothing is left, and what had the name before
-    stays. One process at a time writes, others wait for it; what a killed one left is removed.
+    stays. Of several processes that write one file the last one's stays, whole.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with _private_file(partial):
-        try:
-            yield partial
-            partial.chmod(0o644)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
 
-
-@contextlib.contextmanager
-def _private_file(path: Path) -> Iterator[None]:
-    """Make an empty file that nobody else may read, and hold its lock."""
-    if sys.platform == "win32":  # no locks, and an open file cannot be renamed
-        path.unlink(missing_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        yield
-        return
-    while (handle := _make_locked(path)) is None:
-        _remove_left(path)
-    try:
-        yield
-    finally:
+    def make(prefix: str) -> Path:
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
         os.close(handle)
+        return Path(name)
 
-
-def _make_locked(path: Path) -> int | None:
-    """An open file that was not there; None where there is one."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return None
-    try_lock(handle, wait=True)
-    if _is_at(path, handle):
-        return handle
-    os.close(handle)  # it was taken for one that was left, before it was locked
-    return None
-
-
-def _remove_left(path: Path) -> None:
-    """Remove a file once nobody writes to it; where it is a link, that."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except FileNotFoundError:  # whose it was is done; what may be there by now is another's
-        return
-    except OSError:  # a link, for one
-        path.unlink(missing_ok=True)
-        return
-    try:
-        try_lock(handle, wait=True)
-        if _is_at(path, handle):
-            path.unlink()
-    finally:
-        os.close(handle)
-
-
-def _is_at(path: Path, handle: int) -> bool:
-    """Whether a path leads to an open file or folder."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+    with _claimed(path.parent, f".{path.name}.partial-", make) as partial:
+        yield partial
+        partial.chmod(0o644)
+        rename_whole(partial, path)
 
 
 @contextlib.contextmanager
 def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A private folder to write into, which is removed at the end unless it was renamed.
+    """A private folder to write into, which is removed at the end unless it was renamed."""
+
+    def make(prefix: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+
+    with _claimed(parent, prefix, make) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _claimed(parent: Path, prefix: str, make: Callable[[str], Path]) -> Iterator[Path]:
+    """A new file or folder under a name that nobody else has, removed at the end if still there.
 
     Its lock is held meanwhile, which tells it from what killed processes left; that goes first.
     """
     remove_abandoned(parent, prefix)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        with _locked(folder) as is_locked:
-            if is_locked is not False and folder.is_dir():  # it was not taken for one that is left
+        path = make(prefix)
+        with _locked(path) as is_locked:
+            if is_locked is not False and path.exists():  # it was not taken for one that is left
                 try:
-                    yield folder
+                    yield path
                 finally:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(path)
                 return
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed processes left of `new_folder`: it may be as large as a model."""
-    with contextlib.suppress(OSError):
-        for folder in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
-            with _locked(folder) as is_locked:
-                if is_locked:
-                    shutil.rmtree(folder, ignore_errors=True)
+    """Remove what killed processes left under such names: it may be as large as a model."""
+    try:
+        paths = [path for path in parent.iterdir() if path.name.startswith(prefix)]
+    except OSError:
+        return
+    for path in paths:
+        with contextlib.suppress(OSError), _locked(path) as is_locked:
+            if is_locked:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def rename_whole(source: Path, target: Path) -> None:
+    """Give a file or a folder its final name; where the power fails, it is there whole or not.
+
+    raises: OSError
+    """
+    for path in [source, *source.rglob("*")] if source.is_dir() else [source]:
+        _write_through(path)
+    source.replace(target)
+    with contextlib.suppress(OSError):  # it is there; some disks have no such thing for folders
+        _write_through(target.parent)
+
+
+def _write_through(path: Path) -> None:
+    if os.name != "posix":  # a file that is only read, and a folder, cannot be
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Hold a folder's lock; yields what `try_lock` returns, False too where the folder is gone."""
+def _locked(path: Path) -> Iterator[bool | None]:
+    """Hold a lock; yields what `try_lock` returns, False too where the path is gone."""
     if os.name != "posix":
         yield None
         return
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         yield False
         return
@@ -191,21 +181,28 @@ def _locked(folder: Path) -> Iterator[bool | None]:
         os.close(handle)
 
 
-def try_lock(handle: int, *, wait: bool = False) -> bool | None:
+def try_lock(handle: int) -> bool | None:
     """Lock an open file or folder until it is closed; its process's end closes it, too.
 
-    wait:    until another process lets go of it
     returns: False where another process has locked it, None where there are no locks
     """
     if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter by some disks of a network
         return False
     except OSError:  # some disks have none
         return None
     return True
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Whether a path leads to an open file or folder."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 class GrowingFile:
@@ -229,7 +226,7 @@ class GrowingFile:
                     "another --output"
                 )
             self._end = self._file.seek(0, os.SEEK_END)
-            if self._is_as_left():
+            if self.is_as_left():
                 break
             self._file.close()  # removed by who had it, after it was opened here
         if is_locked is None:
@@ -270,18 +267,18 @@ class GrowingFile:
 
     def close(self, *, remove: bool = False) -> None:
         """Let other processes have it; remove it first if it is to go, and is still as it was."""
-        if remove and self._is_as_left():
-            self.path.unlink()
+        if remove and self.is_as_left():
+            Path(os.path.realpath(self.path)).unlink()  # not a link to it
         self._file.close()
 
     def _check(self) -> None:
-        if not self._is_as_left():
+        if not self.is_as_left():
             raise MinifuseError(
                 f"{self.path} was changed or removed by something else meanwhile, and is left "
                 "alone; choose another --output"
             )
 
-    def _is_as_left(self) -> bool:
+    def is_as_left(self) -> bool:
         """Whether the path still leads to what was opened, and that was left alone."""
         handle = self._file.fileno()
         return _is_at(self.path, handle) and os.fstat(handle).st_size == self._end

@@ -29,6 +29,7 @@ from minifuse.files import (
     is_inside,
     list_names,
     read_json,
+    rename_whole,
     tool_command,
     write_whole,
 )
@@ -389,10 +390,11 @@ def _count_rest(pinned: HubSource, file: "RepoSibling") -> int:
     """Bytes of a file that are not on the disk; another commit may have brought it."""
     if file.lfs is None:
         return file.size or 0
-    partial = _partial(pinned, file)
-    if partial.with_name(file.lfs.sha256).exists():
-        return 0
-    return file.lfs.size - (partial.stat().st_size if partial.exists() else 0)
+    partial, there = _partial(pinned, file), 0
+    with contextlib.suppress(FileNotFoundError):
+        there = partial.stat().st_size
+    # Asked last: by now another process may have made the one into the other.
+    return 0 if partial.with_name(file.lfs.sha256).exists() else file.lfs.size - there
 
 
 def _write_ref(source: HubSource, commit: str) -> None:
@@ -444,7 +446,7 @@ def _fetch_blob(pinned: HubSource, file: "RepoSibling") -> None:
                 f"{file.rfilename} of {pinned} came with the SHA-256 {found}; wanted {blob.name}: "
                 "run the same command again to fetch it anew"
             )
-        partial.replace(blob)
+        rename_whole(partial, blob)
 
 
 def _fetch_rest(pinned: HubSource, file: "RepoSibling", partial: Path) -> None:

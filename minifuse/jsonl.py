@@ -289,7 +289,7 @@ class ResultsFile:
 
     def close(self) -> None:
         """Close the file; one that this call made and left empty is removed."""
-        is_empty = self._file.is_new and not self._file.read()
+        is_empty = self._file.is_new and self._file.is_as_left() and not self._file.read()
         if is_empty:
             self._record_path.unlink(missing_ok=True)
         self._file.close(remove=is_empty)
@@ -382,8 +382,8 @@ class ResultsFile:
         end = offset = 0
         open_id: Hashable = None
         missing: set[Hashable] = set()
-        lines = content.split(b"\n")
-        for number, raw in enumerate(lines[:-1], 1):
+        # Behind the last line's end may be what a crash left.
+        for number, raw in enumerate(content.split(b"\n")[:-1], 1):
             offset += len(raw) + 1
             try:
                 line = parse_json(raw)
@@ -395,8 +395,6 @@ class ResultsFile:
                     raise KeyError(id)
                 missing.remove(key)
             except (ValueError, KeyError, TypeError):
-                if number == len(lines) - 1 and not lines[-1]:
-                    break  # the last line may be what a crash left
                 raise UsageError(
                     f"{self.path}, line {number}: not a result that this call would write; choose "
                     "another --output"

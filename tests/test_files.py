@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -176,7 +177,7 @@ for number in range(100):
 """
 
 
-def test_processes_that_write_one_file_take_turns(tmp_path):
+def test_processes_that_write_one_file_write_it_whole(tmp_path):
     command = [sys.executable, "-c", WRITE, str(tmp_path / "a")]
     processes = [
         subprocess.Popen([*command, letter], stderr=subprocess.PIPE, text=True) for letter in "abc"
@@ -188,30 +189,47 @@ def test_processes_that_write_one_file_take_turns(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_file_that_is_gone_is_not_removed_once_more(tmp_path, monkeypatch):
-    """Between a look at it and the next, its writer was done, and another one began."""
-    path = tmp_path / "a.partial"
-
-    def open_late(*args):
-        path.write_text("another's")
-        raise FileNotFoundError
-
-    monkeypatch.setattr(files.os, "open", open_late)
-    files._remove_left(path)
-    monkeypatch.undo()
-    assert path.read_text() == "another's"
-
-
 def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
-    (tmp_path / "a.partial").write_text("half")
-    (tmp_path / "b.partial").symlink_to("theirs")
-    for name in ("a", "b"):
-        with new_file(tmp_path / name) as partial:
-            assert partial.read_text() == ""
-            assert partial.stat().st_mode & 0o777 == 0o600
+    (tmp_path / ".a.partial-x").write_text("half")
+    (tmp_path / ".a.partial-y").symlink_to("theirs")
+    os.mkfifo(tmp_path / ".a.partial-z")
+    write_whole(tmp_path / "a", "ours")
     assert (tmp_path / "theirs").read_text() == "theirs"
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "theirs"]
+    # A link is nothing that was left; what waits for a writer does not keep anybody waiting.
+    assert sorted(os.listdir(tmp_path)) == [".a.partial-y", "a", "theirs"]
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_writers_of_one_file_leave_each_others_alone(has_locks, tmp_path, monkeypatch):
+    if not has_locks:
+        monkeypatch.setattr(files, "try_lock", lambda handle: None)
+    path = tmp_path / "a"
+    with new_file(path) as first:
+        first.write_text("first")
+        with new_file(path) as second:
+            second.write_text("second")
+            assert first.read_text() == "first"
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_name_is_given_once_all_is_on_the_disk(tmp_path, monkeypatch):
+    """A machine may stop at any moment after the renaming."""
+    done = []
+    monkeypatch.setattr(files, "_write_through", lambda path: done.append(path.name))
+    replace = Path.replace
+
+    def record(self, target):
+        done.append(f"{self.name} to {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", record)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "part").touch()
+    files.rename_whole(tmp_path / "new", tmp_path / "whole")
+    assert done == ["new", "part", "new to whole", tmp_path.name]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")

@@ -85,6 +85,28 @@ def test_a_line_twice_is_refused(tmp_path):
         write(path, units)
 
 
+def test_a_whole_line_of_another_call_is_not_cut_off(tmp_path):
+    """Not even the last one, which would do as what a crash left."""
+    path = tmp_path / "out.jsonl"
+    units = [Unit((id, 1), fingerprint(id), frozenset(["vote"])) for id in "ab"]
+    with ResultsFile(path, {"seed": 0}, units, read_key=key_of) as file:
+        for id in "ab":
+            file.append([{"id": id, "n": 1, "method": "vote"}])
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="line 2: not a result"):
+        ResultsFile(path, {"seed": 0}, units[:1], read_key=key_of)
+    assert path.read_bytes() == before
+
+
+def test_a_call_that_wrote_nothing_leaves_the_files_of_the_next(tmp_path):
+    path, units = tmp_path / "out.jsonl", make_units()
+    first = ResultsFile(path, {"seed": 0}, units, read_key=key_of)
+    path.unlink()
+    write(path, units, count=1)
+    first.close()
+    assert write(path, units) == [units[0].id]
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.run.json"])
 def test_lines_that_are_nested_too_deeply_are_refused(name, tmp_path):
     path = tmp_path / "out.jsonl"

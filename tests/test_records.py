@@ -1,6 +1,7 @@
 """A run's folder: whole items or none, and only under the configuration that it was begun with."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from minifuse.evaluation.records import (
     ENVIRONMENT_FILE,
     RECORDS_FILE,
     RunFolder,
+    hold_run,
     read_run,
 )
 
@@ -45,6 +47,29 @@ def test_a_run_is_kept_with_what_it_depends_on(run):
         ENVIRONMENT_FILE,
         RECORDS_FILE,
     ]
+
+
+def test_a_run_that_failed_leaves_the_files_of_the_next(tmp_path):
+    path = tmp_path / "run"
+
+    def fail():
+        with RunFolder(path, CONFIG, resume=False) as folder:
+            shutil.rmtree(path)
+            with RunFolder(path, CONFIG, resume=False) as other:
+                other.append(lines_of("a"))
+            folder.append(lines_of("b"))
+
+    with pytest.raises(MinifuseError, match="changed or removed by something else"):
+        fail()
+    assert read_run(path)[0] == CONFIG | {"format": 2}
+    assert read_records(path) == lines_of("a")
+
+
+def test_holding_a_run_makes_no_records(run):
+    (run / RECORDS_FILE).unlink()
+    with hold_run(run):
+        pass
+    assert not (run / RECORDS_FILE).exists()
 
 
 def test_resume_goes_on_behind_what_is_done(run):

@@ -519,7 +519,7 @@ def test_a_file_that_may_not_grow(command, tmp_path, capsys):
         assert said == f"{output} cannot be written: File too large; make room and run this again"
     assert whole_lines(path)
     assert size_of(path) < num_bytes
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial-*"))
     assert command.run(output) == 0
     assert command.read(output) == command.read(command.whole)
 
@@ -542,7 +542,7 @@ def test_a_full_disk(command, small_disk, capsys):
         assert said.startswith(str(disk / "output"))
         assert "No space left on device" in said
         assert whole_lines(command.growing(disk / "output"))
-        assert not list(disk.rglob("*.partial"))
+        assert not list(disk.rglob("*.partial-*"))
     small_disk(2**22)
     assert command.run(disk / "output") == 0
     assert command.read(disk / "output") == command.read(command.whole)
@@ -635,7 +635,7 @@ def test_the_harness_finds_what_is_wrong(way, problem, tmp_path):
     assert problem is None or any(problem in text for text in found.problems), found.problems
 
 
-@pytest.mark.parametrize("left", [(), (ENVIRONMENT_FILE,), (f"{ENVIRONMENT_FILE}.partial",)])
+@pytest.mark.parametrize("left", [(), (ENVIRONMENT_FILE,), (f".{ENVIRONMENT_FILE}.partial-x",)])
 def test_a_beginning_of_a_run_that_was_killed_begins_again(left, tmp_path):
     from minifuse.evaluation.records import RunFolder
 

@@ -8,6 +8,7 @@ records.jsonl      one line per answer; those of one item, one N and one draw ar
 import contextlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,9 @@ RECORDS_FILE = "records.jsonl"
 _UNIT = ("id", "n", "draw")
 
 # What a process that was killed before it could write the config leaves; no run as yet.
-_BEGINNING = {
-    ENVIRONMENT_FILE,
-    RECORDS_FILE,
-    f"{CONFIG_FILE}.partial",
-    f"{ENVIRONMENT_FILE}.partial",
-}
+_BEGINNING = re.compile(
+    rf"{ENVIRONMENT_FILE}|{RECORDS_FILE}|\.({CONFIG_FILE}|{ENVIRONMENT_FILE})\.partial-.*"
+)
 
 # What may differ between the call that began a run and one that goes on with it.
 _FREE_FIELDS = frozenset(["command", "batch_size"])
@@ -75,7 +73,8 @@ class RunFolder:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Close it; a run that this call began and that failed at once leaves nothing behind."""
-        has_failed = self._is_new and not self.done and isinstance(error, Exception)
+        is_ours = self._is_new and not self.done and self._file.is_as_left()
+        has_failed = is_ours and isinstance(error, Exception)
         if has_failed:
             for name in (CONFIG_FILE, ENVIRONMENT_FILE):
                 (self.path / name).unlink(missing_ok=True)
@@ -100,7 +99,9 @@ class RunFolder:
         if not self.path.exists() or (self.path / CONFIG_FILE).exists():
             return
         records = self.path / RECORDS_FILE
-        is_free = self.path.is_dir() and {file.name for file in self.path.iterdir()} <= _BEGINNING
+        is_free = self.path.is_dir() and all(
+            _BEGINNING.fullmatch(file.name) for file in self.path.iterdir()
+        )
         if not is_free or (records.exists() and records.stat().st_size):
             raise UsageError(f"{self.path} is there and holds no run; choose another --output")
 
@@ -179,8 +180,10 @@ def hold_run(path: Path) -> Iterator[None]:
         file = GrowingFile(path / RECORDS_FILE)
     except OSError as error:
         raise MinifuseError(f"{path} cannot be written: {error.strerror}") from None
-    with contextlib.closing(file):
+    try:
         yield
+    finally:
+        file.close(remove=file.is_new)  # a run whose records are gone
 
 
 def describe_environment() -> dict[str, Any]:

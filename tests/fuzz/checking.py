@@ -82,7 +82,7 @@ def _check_leftovers(place: Path, files: Files) -> None:
     if os.listdir(place) != ["folder"]:
         raise Fault(f"files outside of the folder: {sorted(os.listdir(place))}")
     for path in (place / "folder").rglob("*"):
-        if path.name.startswith(".") or path.suffix in (".tmp", ".partial", ".part"):
+        if path.name.startswith(".") or path.suffix in (".tmp", ".part"):
             raise Fault(f"a temporary file is left: {path.name}")
         if path.lstat().st_mode & stat.S_IWOTH:
             raise Fault(f"anybody may write {path.name}")
