@@ -84,7 +84,11 @@ def new_file(path: Path) -> Iterator[Path]:
     """
 
     def make(prefix: str) -> Path:
-        handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
+        try:
+            handle, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)
+        except OSError as error:
+            error.filename = str(path)  # the name that people know
+            raise
         os.close(handle)
         return Path(name)
 
@@ -190,7 +194,7 @@ def try_lock(handle: int) -> bool | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter by some disks of a network
+    except BlockingIOError:
         return False
     except OSError:  # some disks have none
         return None

@@ -215,6 +215,12 @@ def test_writers_of_one_file_leave_each_others_alone(has_locks, tmp_path, monkey
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_what_cannot_be_made_is_named_as_people_know_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_whole(tmp_path / "none" / "a", "x")
+    assert caught.value.filename == str(tmp_path / "none" / "a")
+
+
 def test_a_name_is_given_once_all_is_on_the_disk(tmp_path, monkeypatch):
     """A machine may stop at any moment after the renaming."""
     done = []

@@ -26,7 +26,7 @@ _UNIT = ("id", "n", "draw")
 
 # What a process that was killed before it could write the config leaves; no run as yet.
 _BEGINNING = re.compile(
-    rf"{ENVIRONMENT_FILE}|{RECORDS_FILE}|\.({CONFIG_FILE}|{ENVIRONMENT_FILE})\.partial-.*"
+    r"environment\.json|records\.jsonl|\.(config|environment)\.json\.partial-.*"
 )
 
 # What may differ between the call that began a run and one that goes on with it.
