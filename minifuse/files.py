@@ -240,9 +240,9 @@ class GrowingFile:
             )
 
     def read(self) -> bytes:
-        """All of it."""
+        """All of it, but for what something else may have added meanwhile."""
         self._file.seek(0)
-        return self._file.read()
+        return self._file.readall()[: self._end]
 
     def cut(self, end: int) -> None:
         """Forget what lies behind a byte.

@@ -294,6 +294,10 @@ class ResultsFile:
             self._record_path.unlink(missing_ok=True)
         self._file.close(remove=is_empty)
 
+    def lines(self) -> Iterator[dict]:
+        """Those of the units that are done, in the order of the file."""
+        return map(parse_json, self._file.read().splitlines())
+
     def append(self, lines: Sequence[dict]) -> None:
         """Write one unit's lines: all of them, or none.
 

@@ -98,6 +98,20 @@ def test_a_whole_line_of_another_call_is_not_cut_off(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_lines_are_those_of_the_file_that_was_opened(tmp_path):
+    """Something else may add to it, or take its place, before they are read."""
+    path, units = tmp_path / "out.jsonl", make_units()
+    write(path, units, count=2)
+    wanted = [line for unit in units[:2] for line in lines_of(unit)]
+    with ResultsFile(path, {"seed": 0}, units, read_key=key_of) as file:
+        assert list(file.lines()) == wanted
+        with path.open("a") as other:
+            other.write("theirs\n")
+        assert list(file.lines()) == wanted
+        path.unlink()
+        assert list(file.lines()) == wanted
+
+
 def test_a_call_that_wrote_nothing_leaves_the_files_of_the_next(tmp_path):
     path, units = tmp_path / "out.jsonl", make_units()
     first = ResultsFile(path, {"seed": 0}, units, read_key=key_of)

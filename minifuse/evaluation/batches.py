@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from minifuse.command import check_interrupt
-from minifuse.jsonl import ResultsFile, Unit, read_json_lines
+from minifuse.jsonl import ResultsFile, Unit
 
 if TYPE_CHECKING:
     from minifuse.answers import Results
@@ -51,7 +51,7 @@ def write_file(
         if num_done == len(wanted):
             print(f"nothing to do: every {noun} is in {path}", file=sys.stderr)
             return
-        for _, _, line in read_json_lines(path, "--output"):
+        for line in results_file.lines():
             tally.add(line)
         fuser = load()
         results_file.check_source({"source": fuser.model.source})
