@@ -213,6 +213,13 @@ class Bench:
             positions=positions,
         )
 
+    def ask_along(
+        self, answer: Generation, token_ids: Sequence[int], request: Request = REQUEST
+    ) -> Tensor:
+        """The engine's distributions of an answer's own method and stream, along other tokens."""
+        found = self.ask(request, [answer.method], continuation=token_ids)[answer.method]
+        return found[answer.paraphrase_index or 0] if isinstance(found, list) else found
+
     def generate(self, request: Request, methods: str | Sequence[str]) -> dict:
         """Greedy answers, not cut short by a stop string."""
         return self.fuser.generate_batch(
@@ -241,10 +248,16 @@ def furthest(one: dict, other: dict) -> float:
     return max(map(distance, flat(one), flat(other)))
 
 
+def half_behind(logprobs: Tensor, token_ids: Sequence[int]) -> float:
+    """Half of how far a pick of f[n, V] is behind the best, at most: both may be off."""
+    picks = torch.tensor(token_ids, device=logprobs.device)[:, None]
+    return float((logprobs.amax(-1) - logprobs.gather(1, picks)[:, 0]).max()) / 2
+
+
 def gap_of_answers(bench: Bench, request: Request, one: Generation, other: Generation) -> float:
     """How far two greedy answers to a request are apart, in nats, up to where they part.
 
-    There it is half of how far either pick, or an end, is behind the best: both may be off.
+    There it is how far either pick, or an end, is behind the best, by `half_behind`.
     """
     pairs = zip(one.token_ids, other.token_ids, one.logprobs, other.logprobs, strict=False)
     shared = list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -253,12 +266,10 @@ def gap_of_answers(bench: Bench, request: Request, one: Generation, other: Gener
     longer = max(one.token_ids, other.token_ids, key=len)
     if step == len(one.token_ids) == len(other.token_ids):
         return worst
-    found = bench.ask(request, [one.method], continuation=longer[: step + 1])[one.method]
-    scores = found[one.paraphrase_index or 0] if isinstance(found, list) else found
+    scores = bench.ask_along(one, longer[: step + 1], request)[step:]
     for answer in (one, other):
         picks = answer.token_ids[step : step + 1] or bench.fuser.model.eos_token_ids
-        behind = scores[step].max() - scores[step, list(picks)].max()
-        worst = max(worst, float(behind) / 2)
+        worst = max(worst, min(half_behind(scores, [pick]) for pick in picks))
     return worst
 
 
@@ -321,10 +332,7 @@ def check_one_segment(bench: Bench) -> Finding:
 def check_streams(bench: Bench) -> Finding:
     """Each single-segment stream is that prompt alone."""
     found = flat(bench.ask(methods=["per_prompt"]))
-    return bench.compare(
-        max(map(distance, found, bench.truth)),
-        "each prompt, dense twin",
-    )
+    return bench.compare(max(map(distance, found, bench.truth)), "each prompt, dense twin")
 
 
 def check_fused(bench: Bench) -> Finding:
@@ -373,12 +381,11 @@ def check_cached(bench: Bench) -> Finding:
     for answer in flat(answers):
         if not answer.token_ids:
             continue
-        found = bench.ask(methods=[answer.method], continuation=answer.token_ids)[answer.method]
-        logprobs = found[answer.paraphrase_index] if isinstance(found, list) else found
+        logprobs = bench.ask_along(answer, answer.token_ids)
         picks = torch.tensor(answer.token_ids, device=logprobs.device)[:, None]
         again = logprobs.gather(1, picks)[:, 0]
         own = torch.tensor(answer.logprobs, device=logprobs.device)
-        behind = float((logprobs.amax(-1) - again).max()) / 2  # both may be off
+        behind = half_behind(logprobs, answer.token_ids)
         worst = max(worst, float((again - own).abs().max()), behind)
     return bench.compare(worst, f"{len(flat(answers))} answers, step by step")
 
@@ -494,8 +501,7 @@ def check_transformers(bench: Bench) -> Finding:
     (ours,) = flat(bench.ask(methods=["origin"], continuation=token_ids))
     measured = distance(ours.cpu(), theirs)
     if answer.token_ids:
-        picks = theirs.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-        measured = max(measured, float((theirs.amax(-1) - picks).max()) / 2)
+        measured = max(measured, half_behind(theirs, token_ids))
     return bench.compare(measured, f"transformers {version}, {len(token_ids)} tokens")
 
 

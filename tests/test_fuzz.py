@@ -3,7 +3,9 @@
 import warnings
 
 import pytest
+from fuzz import data_files
 from fuzz.checking import Fault, Target, check
+from fuzz.mutations import json_lines
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings, strategies
 
@@ -27,6 +29,24 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name, tmp_path_factory):
         check(target, files, workplace)
 
     run()
+
+
+UNDAMAGED = {
+    "rows-jsonl": {"rows.jsonl": data_files.ROWS},
+    "paraphrase-file": {"rows.jsonl": data_files.ROWS, "given.jsonl": data_files.PARAPHRASES},
+    "confidences": {"in.jsonl": data_files.CONFIDENCES},
+    "requests": {"in.jsonl": data_files.LINES},
+    "questions": {"in.jsonl": data_files.QUESTIONS},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [*UNDAMAGED.items(), *[("named-set", files) for files in data_files.NAMED_SETS.values()]],
+)
+def test_what_is_damaged_was_well(name, files):
+    """A reader that refuses its example at once is hardly tried."""
+    assert check(TARGETS[name], {n: json_lines(rows) for n, rows in files.items()}) == "read"
 
 
 def raise_(error):
