@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import shutil
 import zipfile
 import zlib
@@ -22,13 +21,13 @@ from pathlib import Path
 
 import minifuse
 from minifuse.errors import MinifuseError, UsageError, one_line
-from minifuse.files import check_room, hash_sources, is_inside, new_file, parse_json
+from minifuse.files import PARTIAL, check_room, hash_sources, is_inside, new_file, parse_json
 
 FORMAT = 1
 _MANIFEST = "minifuse-artifacts.json"
 _FILES = "cache/"
-# The cache's own locks, and what a build or a killed process leaves half way.
-_LEFT_OUT = re.compile(r".*\.lock|.*\.tmp|\..*\.partial-.*")
+# The cache's own locks, and what a build leaves half way.
+_LEFT_OUT = {".lock", ".tmp"}
 
 
 def describe_build() -> dict:
@@ -66,7 +65,10 @@ def save_artifacts(folder: Path, path: Path) -> int:
     found = sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file() and not _LEFT_OUT.fullmatch(file.name) and "locks" not in file.parts
+        if file.is_file()
+        and file.suffix not in _LEFT_OUT
+        and PARTIAL not in file.name
+        and "locks" not in file.parts
     )
     try:
         with new_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:

@@ -23,6 +23,8 @@ if sys.platform != "win32":
 
 # An OSError of these numbers: no room on the disk, in a quota, in what one file may hold.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# In the name of what is not whole yet: `.NAME.partial-` and letters that are drawn.
+PARTIAL = ".partial-"
 # A tokenizer.json of 256,000 tokens has some 30 MB; parsed, it takes several times as much.
 MAX_JSON_BYTES = 2**27
 
@@ -92,10 +94,15 @@ def new_file(path: Path) -> Iterator[Path]:
         os.close(handle)
         return Path(name)
 
-    with _claimed(path.parent, f".{path.name}.partial-", make) as partial:
+    with _claimed(path.parent, partial_prefix(path.name), make) as partial:
         yield partial
         partial.chmod(0o644)
         rename_whole(partial, path)
+
+
+def partial_prefix(name: str) -> str:
+    """How the name of a file or folder begins until it is whole."""
+    return f".{name}{PARTIAL}"
 
 
 @contextlib.contextmanager

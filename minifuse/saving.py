@@ -37,6 +37,7 @@ from minifuse.files import (
     DISK_FULL,
     format_bytes,
     new_folder,
+    partial_prefix,
     remove_abandoned,
     rename_whole,
     write_json,
@@ -262,7 +263,7 @@ def _new_folder(target: Path, needed: int) -> Iterator[Path]:
     needed: bytes that will be written
     """
     parents = [folder for folder in target.parents if not os.path.lexists(folder)]
-    prefix = f".{target.name}.partial-"
+    prefix = partial_prefix(target.name)
     try:
         remove_abandoned(target.parent, prefix)  # it takes room
         _check_space(target, needed)

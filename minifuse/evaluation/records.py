@@ -8,13 +8,19 @@ records.jsonl      one line per answer; those of one item, one N and one draw ar
 import contextlib
 import json
 import platform
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from minifuse.errors import MinifuseError, UsageError
-from minifuse.files import DISK_FULL, GrowingFile, parse_json, read_json, write_json
+from minifuse.files import (
+    DISK_FULL,
+    GrowingFile,
+    parse_json,
+    partial_prefix,
+    read_json,
+    write_json,
+)
 
 FORMAT = 2
 CONFIG_FILE = "config.json"
@@ -25,9 +31,8 @@ RECORDS_FILE = "records.jsonl"
 _UNIT = ("id", "n", "draw")
 
 # What a process that was killed before it could write the config leaves; no run as yet.
-_BEGINNING = re.compile(
-    r"environment\.json|records\.jsonl|\.(config|environment)\.json\.partial-.*"
-)
+_BEGINNING = (ENVIRONMENT_FILE, RECORDS_FILE)
+_HALF_WRITTEN = (partial_prefix(CONFIG_FILE), partial_prefix(ENVIRONMENT_FILE))
 
 # What may differ between the call that began a run and one that goes on with it.
 _FREE_FIELDS = frozenset(["command", "batch_size"])
@@ -100,7 +105,8 @@ class RunFolder:
             return
         records = self.path / RECORDS_FILE
         is_free = self.path.is_dir() and all(
-            _BEGINNING.fullmatch(file.name) for file in self.path.iterdir()
+            file.name in _BEGINNING or file.name.startswith(_HALF_WRITTEN)
+            for file in self.path.iterdir()
         )
         if not is_free or (records.exists() and records.stat().st_size):
             raise UsageError(f"{self.path} is there and holds no run; choose another --output")
