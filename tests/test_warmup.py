@@ -27,6 +27,7 @@ def saved(tmp_path):
     (cache / "graph").write_bytes(b"graph")
     (cache / "ab" / "locks" / "kernel").write_bytes(b"")
     (cache / "kernel.lock").write_bytes(b"")
+    (cache / ".kernel.so.partial-x").write_bytes(b"half")
     path = tmp_path / "saved"
     assert save_artifacts(cache, path) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "saved"]
